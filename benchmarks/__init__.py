@@ -1,0 +1,1 @@
+"""One script a figure of docs/performance.md: `python -m benchmarks.<name>`."""

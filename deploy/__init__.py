@@ -1,0 +1,1 @@
+"""How the system runs: the embedded stack, the command line, the production manifests."""

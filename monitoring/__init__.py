@@ -1,0 +1,1 @@
+"""Pure: frames in, verdict out. No Prefect, no torch."""
