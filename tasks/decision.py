@@ -49,7 +49,7 @@ def score(probabilities: NDArray[Any], rule: DecisionRule) -> NDArray[np.float32
 
 
 def decide(probabilities: NDArray[Any], rule: DecisionRule) -> NDArray[np.int64]:
-    """[N, C] probabilities -> [N] label index: the likeliest defect at or above the threshold, else the likeliest good."""
+    """[N, C] -> [N] label index: from the threshold on the likeliest defect, below it the likeliest good."""
     probabilities = np.asarray(probabilities, dtype=np.float32)
     if rule.threshold is None:
         return probabilities.argmax(axis=1)

@@ -1,7 +1,7 @@
 """Decode and resize: the preprocessing contract.
 
-One function, `decode`, turns an encoded photograph into what the network sees, in training, evaluation, drift and serving.
-Implementations are frozen and numbered: a sealed version names the one it was trained with, so an implementation is never
+One function, `decode`, turns an encoded photograph into what the network sees: in training, evaluation, drift and
+serving. Implementations are frozen and numbered: a sealed version names the one it was trained with, so one is never
 edited, only added. numpy and codecs only, because the serving environment imports this module as well; both environments
 pin the same codec and resizer wheels.
 """
@@ -41,7 +41,7 @@ class UnreadableImage(ValueError):
 
 
 def probe(data: bytes) -> tuple[str, int, int]:
-    """(format, width, height) from the header alone. Raises UnreadableImage for anything `decode` would refuse unread."""
+    """(format, width, height), from the header alone. Raises UnreadableImage for what can be refused without decoding."""
     if not data:
         raise UnreadableImage("empty", "the image is empty (0 bytes): send the encoded file")
     if len(data) > MAX_BYTES:
@@ -53,13 +53,17 @@ def probe(data: bytes) -> tuple[str, int, int]:
         raise UnreadableImage("too_large", f"{error}; the limit is {MAX_PIXELS} pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, OverflowError) as error:
         start = data[:8].hex(" ")
-        raise UnreadableImage("not_an_image", f"no {'/'.join(FORMATS)} image: it begins with {start} ({error})") from None
+        raise UnreadableImage(
+            "not_an_image", f"no {'/'.join(FORMATS)} image: it begins with {start} ({error})"
+        ) from None
     if kind == "MPO":  # what many phones write: a JPEG with a second picture behind it
         kind = "JPEG"
     if kind not in FORMATS:
         raise UnreadableImage("unsupported_format", f"format {kind} is not one of {', '.join(FORMATS)}: convert it")
     if width * height > MAX_PIXELS:
-        raise UnreadableImage("too_large", f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}: scale it down")
+        raise UnreadableImage(
+            "too_large", f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}: scale it down"
+        )
     if min(width, height) < MIN_SIDE:
         raise UnreadableImage("too_small", f"{width}x{height} pixels: each side needs at least {MIN_SIDE}")
     return kind, width, height
@@ -87,7 +91,9 @@ def _pillow_rgb(image: Image.Image) -> Pixels:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: keep the upper byte
         deep = np.asarray(image)
         if deep.dtype == np.float32:
-            raise UnreadableImage("unsupported_format", "floating-point pixels have no fixed white: save as 8 or 16 bit")
+            raise UnreadableImage(
+                "unsupported_format", "floating-point pixels have no fixed white: save as 8 or 16 bit"
+            )
         grey = (np.clip(deep, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     return np.asarray(image.convert("RGB"))  # palette, alpha, CMYK, 1-bit and 8-bit grey
@@ -124,13 +130,13 @@ def decode(data: bytes, size: int, implementation: str = CURRENT) -> Pixels:
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"preprocessing {implementation!r} is not in this build, which has {sorted(IMPLEMENTATIONS)}: update the server"
+            f"preprocessing {implementation!r} is not among this build's {sorted(IMPLEMENTATIONS)}: update the server"
         )
     return IMPLEMENTATIONS[implementation](decode_full(data), size)
 
 
-# A 64x48 JPEG of our own making, and the digest of its pixels at 32x32 under each implementation: a server checks itself
-# with it before it serves, so a codec that rounds differently is found by us and not by the customer.
+# A 64x48 JPEG of our own making, and the digest of its pixels at 32x32 under each implementation: a server checks
+# itself with it before it serves, so a codec that rounds differently is found by us and not by the customer.
 _GOLDEN_JPEG: Final = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcGBQgHBwcJCQgKDBQNDAsLDBkSEw8UHRofHh0aHBwgJC4nICIsIxwcKDcpLDAxNDQ0"
     "Hyc5PTgyPC4zNDL/2wBDAQkJCQwLDBgNDRgyIRwhMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIy"

@@ -1,0 +1,74 @@
+"""The same images through every rung from PyTorch to Triton's answer; what counts is whether a decision flips.
+
+numpy only: rungs are compared by their probabilities, wherever they were computed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.decision import DecisionRule, decide, score
+
+GOLDEN_IMAGES: Final = 128
+GOLDEN_MARGIN: Final = 0.05  # golden images are clear cases: a flip there is a fault, not rounding at the threshold
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder: how far the step moved the probabilities, and how many decisions changed."""
+
+    name: str
+    images: int
+    largest_difference: float
+    mean_difference: float
+    flips: int
+
+    @property
+    def flip_share(self) -> float:
+        return self.flips / self.images if self.images else 0.0
+
+
+def compare(name: str, before: NDArray[Any], after: NDArray[Any], rule: DecisionRule) -> Rung:
+    """[N, C] probabilities of the same N images before and after a step. Raises ValueError for shapes that differ."""
+    before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if before.shape != after.shape:
+        raise ValueError(f"rung {name!r}: {before.shape} probabilities before the step and {after.shape} after it")
+    if not np.isfinite(after).all():
+        raise ValueError(f"rung {name!r}: {int((~np.isfinite(after)).sum())} probabilities are not finite")
+    difference = np.abs(after - before)
+    return Rung(
+        name=name,
+        images=len(before),
+        largest_difference=float(difference.max(initial=0.0)),
+        mean_difference=float(difference.mean()) if difference.size else 0.0,
+        flips=int((decide(before, rule) != decide(after, rule)).sum()),
+    )
+
+
+def golden_indices(
+    probabilities: NDArray[Any], labels: Sequence[str], rule: DecisionRule, count: int = GOLDEN_IMAGES
+) -> NDArray[np.int64]:
+    """Indices of the golden images among N validation images in their fixed order (by sha256): up to `count`, the same
+    share of each label, clear cases only: the score at least 0.05 from the threshold, or, where there is no threshold,
+    the first class at least 0.05 ahead of the second.
+    """
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    if rule.threshold is not None:
+        clear = np.abs(score(probabilities, rule) - rule.threshold) >= GOLDEN_MARGIN
+    else:
+        top = np.sort(probabilities, axis=1)
+        clear = top[:, -1] - top[:, -2] >= GOLDEN_MARGIN
+    by_label: dict[str, list[int]] = {}
+    for index in np.flatnonzero(clear):
+        by_label.setdefault(labels[index], []).append(int(index))
+    chosen: list[int] = []
+    depth = 0
+    while len(chosen) < count and any(depth < len(group) for group in by_label.values()):
+        for label in sorted(by_label):  # one of each label in turn: stratified, and no chance in it
+            if depth < len(by_label[label]) and len(chosen) < count:
+                chosen.append(by_label[label][depth])
+        depth += 1
+    return np.array(sorted(chosen), dtype=np.int64)
