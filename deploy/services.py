@@ -1,4 +1,4 @@
-"""What each service of the embedded stack is: command, environment, port, readiness. Pure values; `local.py` runs them."""
+"""What each service of the embedded stack is: command, environment, port, readiness. Values; `local.py` runs them."""
 
 import os
 import socket

@@ -1,8 +1,8 @@
 """Decode and resize: the preprocessing contract.
 
 One function, `decode`, turns an encoded photograph into what the network sees: in training, evaluation, drift and
-serving. Implementations are frozen and numbered: a sealed version names the one it was trained with, so one is never
-edited, only added. numpy and codecs only, because the serving environment imports this module as well; both environments
+serving. Implementations are frozen and numbered: a sealed version names the one it was trained with; none is ever
+edited, only added. numpy and codecs only: the serving environment imports this module as well, and both environments
 pin the same codec and resizer wheels.
 """
 
@@ -41,7 +41,7 @@ class UnreadableImage(ValueError):
 
 
 def probe(data: bytes) -> tuple[str, int, int]:
-    """(format, width, height), from the header alone. Raises UnreadableImage for what can be refused without decoding."""
+    """(format, width, height) by the header alone. Raises UnreadableImage for what can be refused without decoding."""
     if not data:
         raise UnreadableImage("empty", "the image is empty (0 bytes): send the encoded file")
     if len(data) > MAX_BYTES:

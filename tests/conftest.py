@@ -78,7 +78,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     running = start(services.seaweedfs(directory, services.free_ports(11), KEY, SECRET), directory / "s3.log")
     made = Store("tirewatch", running.service.url, KEY, SECRET)
     client = boto3.client(
-        "s3", endpoint_url=made.endpoint_url, aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name=made.region
+        "s3",
+        endpoint_url=made.endpoint_url,
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
+        region_name=made.region,
     )
     for _ in range(50):  # the gateway answers a moment before the filer behind it does
         try:
