@@ -1,0 +1,178 @@
+"""The record of one production input, and the spool it waits in until the drift flow reads it.
+
+The server hands a sample to `Spool.offer`, which never waits: a thread writes, and what does not fit is dropped and
+counted. numpy and the codecs only, because the serving environment imports this module too.
+"""
+
+import json
+import logging
+import os
+import queue
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+SUFFIX: Final = ".npz"
+ROOM_CHECK_EVERY: Final = 50  # writes between two looks at the whole directory
+_ARRAYS: Final = ("image", "probabilities", "embedding")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaptureRecord:
+    """One answered request.
+
+    captured_at: Unix seconds. image: the encoded bytes as they came; where the client sent pixels, uint8 [H, W, 3]
+    until written, and a PNG of them when read. probabilities: float32 [C]. embedding: float32 [D].
+    dropped: how many samples this server process had dropped before this one, so that a reader sees the gaps.
+    """
+
+    request_id: str
+    captured_at: float
+    model: str
+    version: int
+    label: str
+    score: float
+    image: bytes | NDArray[np.uint8]
+    probabilities: NDArray[np.float32]
+    embedding: NDArray[np.float32]
+    tire_id: str = ""
+    line: str = ""
+    dropped: int = 0
+
+
+def write_record(directory: Path, record: CaptureRecord, number: int = 0) -> Path:
+    """Write the record as one file that appears complete or not at all; names sort by time."""
+    facts = {name: value for name, value in vars(record).items() if name not in _ARRAYS}
+    name = f"{int(record.captured_at * 1000):013d}-{os.getpid()}-{number:06d}{SUFFIX}"
+    unfinished = directory / f".{name}"
+    with unfinished.open("wb") as output:
+        np.savez(
+            output,
+            facts=np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8),
+            image=np.frombuffer(_encoded(record.image), dtype=np.uint8),
+            probabilities=record.probabilities,
+            embedding=record.embedding,
+        )
+    return unfinished.rename(directory / name)
+
+
+def read_record(path: Path) -> CaptureRecord:
+    """Read one file of the spool. Raises ValueError when it is none."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return CaptureRecord(
+                **json.loads(content["facts"].tobytes()),
+                image=content["image"].tobytes(),
+                probabilities=content["probabilities"],
+                embedding=content["embedding"],
+            )
+    except (OSError, KeyError, TypeError, ValueError, EOFError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is no capture record: {error}") from error
+
+
+def spooled(directory: Path) -> list[Path]:
+    """Files of the spool, oldest first."""
+    return sorted(path for path in directory.glob(f"[0-9]*{SUFFIX}"))
+
+
+def read_spool(directory: Path) -> Iterator[tuple[Path, CaptureRecord]]:
+    """Records oldest first, with their files; one that the server removed meanwhile to make room is passed over."""
+    for path in spooled(directory):
+        try:
+            yield path, read_record(path)
+        except FileNotFoundError:
+            continue
+
+
+class Spool:
+    """A sample of the inputs of one model, on its way to disk.
+
+    share: how much of the traffic is sampled, [0, 1]. max_bytes: bound of the directory; beyond it the oldest go,
+    because drift is a question about now. Several server processes may share a directory.
+    """
+
+    def __init__(self, directory: Path, share: float, max_bytes: int = 2**30, queue_size: int = 64) -> None:
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"capture share {share} is outside [0, 1]")
+        self.share = share
+        self.dropped = 0
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._written = 0
+        self._waiting: queue.Queue[CaptureRecord | None] = queue.Queue(queue_size)
+        self._thread: threading.Thread | None = None
+        if share > 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._thread = threading.Thread(target=self._drain, name="capture", daemon=True)
+            self._thread.start()
+
+    def wants_one(self) -> bool:
+        """Whether the next request is to be sampled."""
+        return self.share > 0 and random.random() < self.share
+
+    def offer(self, record: CaptureRecord) -> bool:
+        """Hand over a record without waiting; False when it was dropped because the disk is slower than the traffic."""
+        try:
+            self._waiting.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+            return False
+        return True
+
+    def close(self) -> None:
+        """Write what is waiting, then stop."""
+        if self._thread is not None:
+            self._waiting.put(None)
+            self._thread.join(timeout=10)
+
+    def _drain(self) -> None:
+        while (record := self._waiting.get()) is not None:
+            try:
+                if self._written % ROOM_CHECK_EVERY == 0:
+                    make_room(self._directory, self._max_bytes)
+                write_record(self._directory, record, self._written)
+                self._written += 1
+            except OSError as error:  # a full or vanished disk must not end the thread, nor the serving beside it
+                self.dropped += 1
+                log.warning("capture of request %s failed: %s", record.request_id, error)
+
+
+def make_room(directory: Path, max_bytes: int) -> int:
+    """Remove the oldest records until the directory is within max_bytes. Returns how many went."""
+    sizes = [(path, size) for path in spooled(directory) if (size := _size(path)) is not None]
+    excess = sum(size for _, size in sizes) - max_bytes
+    removed = 0
+    for path, size in sizes:
+        if excess <= 0:
+            break
+        path.unlink(missing_ok=True)
+        excess -= size
+        removed += 1
+    return removed
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # another server process made room at the same moment
+        return None
+
+
+def _encoded(image: bytes | NDArray[np.uint8]) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    done, data = cv2.imencode(".png", image[:, :, ::-1])
+    if not done:
+        raise OSError(f"pixels {image.shape} could not be encoded as PNG")
+    return data.tobytes()

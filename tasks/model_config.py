@@ -1,0 +1,112 @@
+"""ModelConfig -> the text of a Triton `config.pbtxt`. Pure; the workarounds it carries are explained where they stand."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tasks.inference import INPUT, Accelerator
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output. dims without the batch dimension; -1 for any."""
+
+    name: str
+    data_type: Literal["TYPE_UINT8", "TYPE_FP32", "TYPE_INT64", "TYPE_STRING"]
+    dims: tuple[int, ...]
+    optional: bool = False
+    ragged: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What we say about a model to Triton. Times in microseconds.
+
+    versions: the versions to load (`version_policy specific`); empty for the server's default, the newest one.
+    instances: processes of a Python-based backend. Always written, because the default is two; never with a `kind`,
+    because KIND_GPU fails on a server without one and an unspecified kind means "GPU if there is one".
+    """
+
+    name: str
+    backend: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...] = ()
+    max_batch_size: int = 8
+    instances: int = 1
+    versions: tuple[int, ...] = ()
+    max_queue_delay: int = 0
+    max_queue_size: int = 256
+    queue_timeout: int = 10_000_000
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    cpu_accelerator: Accelerator | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_batch_size < 1 or self.instances < 1:
+            raise ValueError(f"{self.name}: max_batch_size {self.max_batch_size} and instances {self.instances} start at 1")
+        if any(version < 1 for version in self.versions):
+            raise ValueError(f"{self.name}: versions {self.versions} start at 1")
+
+
+def network_config(
+    network: str, image_size: int, versions: tuple[int, ...], accelerator: Accelerator, threads: int, max_batch_size: int = 8
+) -> ModelConfig:
+    """The configuration of a network model `<model>_onnx_<size>`.
+
+    Outputs are left out on purpose: the server completes them for each version (the C++ backend from the graph, ours in
+    `auto_complete_config`), so versions with another number of classes or another embedding stand side by side.
+    `specific` instead of `all`: one damaged version on disk must not keep the champion from loading, and what is kept
+    for the record takes no memory. A policy edit reloads nothing that is loaded already.
+    """
+    return ModelConfig(
+        name=network,
+        backend="onnxruntime",
+        inputs=(Tensor(INPUT, "TYPE_UINT8", (image_size, image_size, 3)),),
+        max_batch_size=max_batch_size,
+        versions=tuple(sorted(versions)),
+        parameters={"intra_op_thread_count": str(threads)},
+        cpu_accelerator=accelerator if accelerator == "openvino" else None,
+    )
+
+
+def config_text(config: ModelConfig) -> str:
+    """The `config.pbtxt` of the model, in protobuf text format."""
+    blocks = [
+        f"name: {_quoted(config.name)}",
+        f"backend: {_quoted(config.backend)}",
+        f"max_batch_size: {config.max_batch_size}",
+        *(_tensor("input", tensor) for tensor in config.inputs),
+        *(_tensor("output", tensor) for tensor in config.outputs),
+        f"instance_group [ {{ count: {config.instances} }} ]",
+        _batching(config),
+    ]
+    if config.versions:
+        blocks.append(f"version_policy {{ specific {{ versions: {list(config.versions)} }} }}")
+    blocks += [_parameter(key, value) for key, value in sorted(config.parameters.items())]
+    if config.cpu_accelerator:
+        name = _quoted(config.cpu_accelerator)
+        blocks.append(f"optimization {{ execution_accelerators {{ cpu_execution_accelerator [ {{ name: {name} }} ] }} }}")
+    return "\n".join(blocks) + "\n"
+
+
+def _tensor(kind: str, tensor: Tensor) -> str:
+    dims = ", ".join(str(dim) for dim in tensor.dims)
+    flags = (" optional: true" if tensor.optional else "") + (" allow_ragged_batch: true" if tensor.ragged else "")
+    return f"{kind} [ {{ name: {_quoted(tensor.name)} data_type: {tensor.data_type} dims: [ {dims} ]{flags} }} ]"
+
+
+def _batching(config: ModelConfig) -> str:
+    """Queue limits exist only together with dynamic batching; a full queue answers UNAVAILABLE within milliseconds."""
+    return (
+        f"dynamic_batching {{ max_queue_delay_microseconds: {config.max_queue_delay} default_queue_policy {{ "
+        f"max_queue_size: {config.max_queue_size} timeout_action: REJECT "
+        f"default_timeout_microseconds: {config.queue_timeout} }} }}"
+    )
+
+
+def _parameter(key: str, value: str) -> str:
+    return f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)

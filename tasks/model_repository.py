@@ -1,0 +1,191 @@
+"""Publish and remove sealed versions in a Triton model repository on local disk.
+
+A version is made in `staging/`, sealed, and renamed into place: Triton reads any directory whose name begins with a
+number as a version (`4_tmp` is version 4), so nothing unfinished ever lies inside the repository.
+"""
+
+import os
+import re
+import shutil
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from tasks.inference import Accelerator
+from tasks.model_config import config_text, network_config
+from tasks.sealed import InvalidVersion, SealedVersion, read_sealed, seal, sync_directory, write_durably
+
+NETWORK_FILE: Final = "model.onnx"
+FRONT_DOOR_TEMPLATE: Final = Path(__file__).parents[1] / "model_repository" / "front_door"
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_LISTED = re.compile(r"version_policy \{ specific \{ versions: \[([0-9, ]*)\] \} \}")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a network runs on this server's CPU. threads: of one inference; all cores unless told otherwise."""
+
+    accelerator: Accelerator = "openvino"
+    threads: int = os.cpu_count() or 1
+    max_batch_size: int = 8
+
+
+def network_name(model: str, image_size: int) -> str:
+    """`tire`, 224 -> `tire_onnx_224`: the network model behind the public model."""
+    return f"{_checked(model)}_onnx_{image_size}"
+
+
+def repository(root: Path) -> Path:
+    return root / "model_repository"
+
+
+def version_directory(root: Path, network: str, version: int) -> Path:
+    return repository(root) / network / str(version)
+
+
+def stage_version(root: Path, network_file: Path, version: SealedVersion) -> Path:
+    """Copy the network into a sealed directory of its own under `staging/`. Returns that directory; nothing is served yet."""
+    _checked(version.network)
+    if version.version < 1:
+        raise ValueError(f"version {version.version} of {version.network}: versions start at 1")
+    directory = root / "staging" / f"{version.network}-{version.version}-{uuid.uuid4().hex[:8]}"
+    directory.mkdir(parents=True)
+    shutil.copyfile(network_file, directory / NETWORK_FILE)
+    seal(directory, version)
+    return directory
+
+
+def publish_version(root: Path, staged: Path, runtime: Runtime | None = None) -> SealedVersion:
+    """Rename the staged version into the repository and list it in `config.pbtxt`; the server loads it when told to.
+
+    Running it again with the same content is harmless. Raises InvalidVersion when the staged directory is not as
+    sealed, and FileExistsError when that number already holds something else: version numbers are never reused.
+    """
+    sealed = read_sealed(staged)
+    target = version_directory(root, sealed.network, sealed.version)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        if read_sealed(target).files != sealed.files:
+            raise FileExistsError(f"{target} already holds another network: register a new version instead")
+        shutil.rmtree(staged)
+    else:
+        staged.rename(target)
+        sync_directory(target.parent)
+    list_versions(root, sealed.network, {*listed_versions(root, sealed.network), sealed.version}, sealed.image_size, runtime)
+    return sealed
+
+
+def remove_version(root: Path, network: str, version: int) -> None:
+    """Take the version off the list and off the disk. The caller has made sure that no routing table names it.
+
+    The server forgets it at the next `load`. Harmless when it is gone already.
+    """
+    directory = version_directory(root, network, version)
+    if directory.exists():
+        discarded = root / "staging" / f"removed-{network}-{version}-{uuid.uuid4().hex[:8]}"
+        discarded.parent.mkdir(parents=True, exist_ok=True)
+        remaining = {*listed_versions(root, network)} - {version}
+        if remaining:
+            list_versions(root, network, remaining)
+        directory.rename(discarded)
+        shutil.rmtree(discarded)
+
+
+def published_versions(root: Path, network: str) -> list[int]:
+    """Numbers of the validly sealed versions on disk, ascending; their `version.json` is checked, their files are not."""
+    found = []
+    for directory in (repository(root) / network).glob("[0-9]*"):
+        try:
+            found.append(read_sealed(directory, verify_files=False).version)
+        except InvalidVersion:
+            continue
+    return sorted(found)
+
+
+def listed_versions(root: Path, network: str) -> list[int]:
+    """Numbers that `config.pbtxt` tells the server to load, ascending; empty where there is none yet."""
+    try:
+        text = (repository(root) / network / "config.pbtxt").read_text()
+    except FileNotFoundError:
+        return []
+    found = _LISTED.search(text)
+    return sorted(int(number) for number in found[1].split(",")) if found else []
+
+
+def list_versions(
+    root: Path, network: str, versions: set[int], image_size: int | None = None, runtime: Runtime | None = None
+) -> None:
+    """Replace `config.pbtxt` so that the next `load` serves exactly these versions.
+
+    Without `image_size` or `runtime` the ones in force stay: then only the list of versions is edited, which reloads nothing.
+    """
+    path = repository(root) / network / "config.pbtxt"
+    if path.exists() and runtime is None:
+        policy = f"version_policy {{ specific {{ versions: {sorted(versions)} }} }}"
+        text = _LISTED.sub(policy, path.read_text())
+    else:
+        if image_size is None:
+            raise ValueError(f"{network} has no config.pbtxt yet: its first version must say the image size")
+        chosen = runtime or Runtime()
+        text = config_text(
+            network_config(
+                network, image_size, tuple(versions), chosen.accelerator, chosen.threads, chosen.max_batch_size
+            )
+        )
+    if not path.exists() or path.read_text() != text:
+        write_durably(path, text)
+
+
+@dataclass(frozen=True)
+class FrontDoor:
+    """How the public model stands in front of its networks.
+
+    instances: decoding processes; one a core. capture_share: sampled share of the traffic. spool_bytes: bound of the spool.
+    """
+
+    instances: int = os.cpu_count() or 1
+    capture_share: float = 0.05
+    spool_bytes: int = 2**30
+
+
+def install_front_door(
+    root: Path, model: str, door: FrontDoor | None = None, template: Path = FRONT_DOOR_TEMPLATE
+) -> Path:
+    """Put the front door template into the repository under the public name. Only what differs is written."""
+    settings = door or FrontDoor()
+    directory = repository(root) / _checked(model)
+    (directory / "1").mkdir(parents=True, exist_ok=True)
+    config = (template / "config.pbtxt").read_text()
+    for key, value in (
+        ("front_door", model),
+        ("instances", settings.instances),
+        ("capture_share", settings.capture_share),
+        ("spool_bytes", settings.spool_bytes),
+    ):
+        config = config.replace(f"${{{key}}}", str(value))
+    for path, text in (
+        (directory / "1" / "model.py", (template / "1" / "model.py").read_text()),
+        (directory / "config.pbtxt", config),
+    ):
+        if not path.exists() or path.read_text() != text:
+            write_durably(path, text)
+    return directory
+
+
+def front_doors(root: Path) -> list[str]:
+    """Names of the public models installed in the repository."""
+    return sorted(path.parents[1].name for path in repository(root).glob("*/1/model.py"))
+
+
+def copy_version(source: Path, root: Path, as_version: SealedVersion | None = None) -> SealedVersion:
+    """Stage and publish a copy of a sealed directory in another serving root."""
+    sealed = read_sealed(source)
+    target = replace(as_version or sealed, files={})
+    return publish_version(root, stage_version(root, source / NETWORK_FILE, target))
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot name a Triton model: use small letters, digits and _, beginning with a letter")
+    return name

@@ -1,0 +1,93 @@
+"""The routing table: which version of which network model answers for a public model. One JSON file, replaced atomically.
+
+Promotion is the replacement of this file; rollback is another. The front door reads it again when it has changed.
+Standard library only, because the serving environment imports this module too.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tasks.sealed import write_durably
+
+
+@dataclass(frozen=True)
+class Route:
+    """One version of one network model, e.g. `tire_onnx_224`, 7."""
+
+    network: str
+    version: int
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """Who answers for `model`.
+
+    previous: what a rollback goes back to; it stays loaded.
+    challenger: answers the share [0, 1] of requests (canary); None and 0.0 otherwise.
+    revision: counts the changes of this table, beginning at 1. changed_at: UTC, ISO 8601.
+    """
+
+    model: str
+    champion: Route
+    previous: Route | None = None
+    challenger: Route | None = None
+    share: float = 0.0
+    revision: int = 1
+    changed_at: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"share {self.share} of the challenger is outside [0, 1]")
+        if self.share > 0 and self.challenger is None:
+            raise ValueError(f"a share of {self.share} needs a challenger to answer it")
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """Everything a server must keep loaded for this table."""
+        return tuple(dict.fromkeys(route for route in (self.champion, self.previous, self.challenger) if route))
+
+
+def promoted(table: RoutingTable | None, model: str, champion: Route) -> RoutingTable:
+    """The table after `champion` took over: the former one becomes `previous`, a challenger is dismissed."""
+    if table is None:
+        return RoutingTable(model, champion)
+    previous = table.previous if table.champion == champion else table.champion
+    return RoutingTable(model, champion, previous, revision=table.revision + 1)
+
+
+def routing_file(root: Path, model: str) -> Path:
+    return root / "routing" / f"{model}.json"
+
+
+def read_routing(root: Path, model: str) -> RoutingTable | None:
+    """The table in force; None when no version of the model is in production. Raises ValueError when it is damaged."""
+    path = routing_file(root, model)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        body = json.loads(text)
+        routes = {name: _route(body.pop(name)) for name in ("champion", "previous", "challenger")}
+        table = RoutingTable(**body, **routes)  # type: ignore[arg-type]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no routing table ({error}): write it again with the promote or rollback flow") from None
+    if table.model != model:
+        raise ValueError(f"{path} routes {table.model!r}, not {model!r}: a table carries the name of its model")
+    return table
+
+
+def write_routing(root: Path, table: RoutingTable) -> RoutingTable:
+    """Put the table in force, atomically and durably; stamps the time. Returns what was written."""
+    stamped = replace(table, changed_at=datetime.now(UTC).isoformat(timespec="milliseconds"))
+    path = routing_file(root, table.model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, json.dumps(asdict(stamped), indent=2) + "\n")
+    return stamped
+
+
+def _route(body: dict[str, Any] | None) -> Route | None:
+    return None if body is None else Route(str(body["network"]), int(body["version"]))
