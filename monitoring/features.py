@@ -1,0 +1,62 @@
+"""Photograph -> statistics that say what a camera, a lamp or a product mix changed. Pure: pixels in, numbers out."""
+
+from typing import Final
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+STATISTICS: Final = ("brightness", "contrast", "sharpness", "saturation", "entropy", "red", "green", "blue", "aspect")
+_LONGEST_SIDE: Final = 512  # sharpness depends on scale, and statistics of a 40-megapixel picture cost a second
+
+
+def image_statistics(pixels: NDArray[np.uint8]) -> dict[str, float]:
+    """[H, W, 3] uint8 RGB -> one number for each of STATISTICS.
+
+    Measured on the picture scaled down (pixel area) to at most 512 on its longer side. brightness, contrast: mean and standard
+    deviation of the luma, 0 to 1. sharpness: variance of the Laplacian of the luma in grey levels (Pech-Pacheco et al.,
+    ICPR 2000). saturation: mean of HSV saturation, 0 to 1. entropy: of the luma's histogram, 0 to 8 bits. red, green, blue:
+    channel means, 0 to 1. aspect: width / height.
+    """
+    height, width = pixels.shape[:2]
+    small = _scaled_down(pixels)
+    luma = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    mean, deviation = cv2.meanStdDev(luma)
+    _, roughness = cv2.meanStdDev(cv2.Laplacian(luma, cv2.CV_32F))
+    shares = np.bincount(luma.ravel(), minlength=256) / luma.size
+    present = shares[shares > 0]
+    red, green, blue, _ = cv2.mean(small)
+    return {
+        "brightness": float(mean[0, 0]) / 255,
+        "contrast": float(deviation[0, 0]) / 255,
+        "sharpness": float(roughness[0, 0]) ** 2,
+        "saturation": cv2.mean(cv2.cvtColor(small, cv2.COLOR_RGB2HSV))[1] / 255,
+        "entropy": max(0.0, float(-(present * np.log2(present)).sum())),
+        "red": red / 255,
+        "green": green / 255,
+        "blue": blue / 255,
+        "aspect": width / height,
+    }
+
+
+def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
+    """[H, W, 3] uint8 RGB -> 64-bit pHash: signs of the 8x8 lowest DCT coefficients of the 32x32 luma about their median.
+
+    Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010. Near-duplicates differ in few bits,
+    but few differing bits prove nothing by themselves: a hash proposes, pixels decide.
+    """
+    luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    square = cv2.resize(luma, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    lowest = cv2.dct(square)[:8, :8].ravel()
+    bits = lowest > np.median(lowest[1:])  # without the mean, which would drown the rest
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def _scaled_down(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    longest = max(height, width)
+    if longest <= _LONGEST_SIDE:
+        return pixels
+    scale = _LONGEST_SIDE / longest
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
