@@ -4,7 +4,7 @@ Insufficient evidence is a refusal, not a pass. Bounds are one-sided exact binom
 comparison with the champion is the exact form of McNemar's test on the same images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -82,6 +82,20 @@ class Decision:
     def reasons(self) -> tuple[str, ...]:
         """One sentence for each gate that did not hold."""
         return tuple(f"{gate.name}: {gate.measured}; demanded {gate.demanded}" for gate in self.gates if not gate.held)
+
+
+def as_markdown(title: str, decision: Decision, figures: Mapping[str, float]) -> str:
+    """The verdict, every gate with its numbers, and the figures they came from, for people."""
+    verdict = "promoted" if decision.promote else "refused"
+    lines = [f"# {title}: {verdict}", ""]
+    if not decision.promote:
+        lines += ["Nothing changed for anybody. What it did not prove:", ""]
+        lines += [*(f"- {reason}" for reason in decision.reasons), ""]
+    lines += ["| gate | held | measured | demanded |", "| --- | --- | --- | --- |"]
+    lines += [f"| {g.name} | {'yes' if g.held else '**no**'} | {g.measured} | {g.demanded} |" for g in decision.gates]
+    lines += ["", "| figure | value |", "| --- | --- |"]
+    lines += [f"| {name} | {value:.4g} |" for name, value in figures.items()]
+    return "\n".join(lines) + "\n"
 
 
 def upper_bound(events: int, trials: int, confidence: float = CONFIDENCE) -> float:

@@ -49,12 +49,12 @@ def append(
     why: str,
     evidence: dict[str, Any],
 ) -> Entry:
-    """Adds the entry, or returns the newest one when that already says so (a rerun after a crash). Writers race safely:
-    the number is taken by a conditional write.
+    """Adds the entry, or returns the newest one when that already names this version (a rerun after a crash): two
+    entries in a row never name the same champion. Writers race safely: the number is taken by a conditional write.
     """
     while True:
         entries = read_ledger(store, model)
-        if entries and (entries[-1].version, entries[-1].action) == (version, action):
+        if entries and entries[-1].version == version:
             return entries[-1]
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry = Entry(model, len(entries) + 1, action, version, previous, now, who, why, evidence)

@@ -1,0 +1,199 @@
+"""promote: a registered candidate becomes the version that answers, or is refused with its reasons.
+
+Makes: an ONNX network with normalisation inside, proven against PyTorch and on a scratch server; a sealed version in the
+Triton model repository; a new routing table; the alias `champion`; a ledger entry. Needs: S3, MLflow, the live Triton.
+By hand: `prefect deployment run 'promote/tire' -p version=7`.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.runtime import flow_run
+from prefect.states import Completed, State
+
+from flows.settings import Settings, settings
+from tasks.events import emit
+from tasks.gates import Decision, Limits, as_markdown, decide_promotion
+from tasks.routing import Route, promoted, read_routing, write_routing
+from tasks.storage import NETWORK_RETRY
+
+if TYPE_CHECKING:
+    from tasks.proof import Proof
+    from tasks.registry import ModelCard, TrainedModel
+    from tasks.sealed import SealedVersion
+
+log = logging.getLogger(__name__)
+
+
+@flow(name="promote", flow_run_name="promote-{model}-{version}")
+def promote(model: str, version: int | None = None, limits: Limits = Limits()) -> State[Any]:
+    """Prove a registered version on the served engine and switch to it; or refuse it, with every reason.
+
+    Args:
+        model: Registered model, and public name of the Triton model.
+        version: Registered version; the newest one when left empty.
+        limits: What the candidate must prove.
+    """
+    here = settings()
+    candidate, card = find_candidate(here, model, version)
+    table = read_routing(here.serving_root, model)
+    if table and table.champion.version == candidate.version:
+        conclude(here, candidate, table.previous.version if table.previous else None, {})
+        return Completed(name="Unchanged", message=f"{model} v{candidate.version} is the champion already")
+    staged = export(here, candidate, card)
+    proof = prove(here, candidate, card, staged, limits)
+    decision = decide_promotion(proof.evidence, limits)
+    record(here, candidate, proof, decision)
+    if not decision.promote:
+        refuse(candidate, decision, staged)
+        return Completed(name="Refused", message=f"{model} v{candidate.version}: {'; '.join(decision.reasons)}")
+    previous = switch(here, candidate, staged, proof)
+    conclude(here, candidate, previous, proof.figures)
+    return Completed(
+        name="Promoted", message=f"{model} v{candidate.version} answers; before it: {previous or 'nothing'}"
+    )
+
+
+@task(**NETWORK_RETRY)
+def find_candidate(here: Settings, model: str, version: int | None) -> "tuple[TrainedModel, ModelCard]":
+    """The registered version and its card. Raises LookupError naming what is registered."""
+    from tasks.registry import load_card, newest_version
+
+    uri = here.mlflow_tracking_uri
+    return load_card(uri, model, version if version is not None else newest_version(uri, model))
+
+
+@task
+def export(here: Settings, candidate: "TrainedModel", card: "ModelCard") -> Path:
+    """The candidate as a sealed directory in staging: ONNX network and `version.json`. Nothing serves it yet."""
+    import tempfile
+
+    from tasks.model_repository import stage_version
+    from tasks.onnx_export import export_onnx
+    from tasks.registry import load_network
+
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "model.onnx"
+        export_onnx(load_network(here.mlflow_tracking_uri, candidate.name, candidate.version), card.image_size, file)
+        return stage_version(here.serving_root, file, sealed_version(candidate, card))
+
+
+def sealed_version(candidate: "TrainedModel", card: "ModelCard") -> "SealedVersion":
+    """What the sealed directory will say about itself."""
+    from importlib.metadata import version as installed
+
+    from tasks.model_repository import network_name
+    from tasks.sealed import SealedVersion
+
+    return SealedVersion(
+        model=candidate.name,
+        version=candidate.version,
+        network=network_name(candidate.name, card.image_size),
+        rule=card.rule,
+        preprocessing=card.preprocessing,
+        image_size=card.image_size,
+        dataset=card.dataset,
+        dataset_version=card.dataset_version,
+        dataset_digest=card.dataset_digest,
+        run_id=candidate.run_id,
+        commit=card.commit,
+        precision="float32",
+        passport={name: installed(name) for name in ("torch", "onnx", "onnxruntime", "openvino")},
+    )
+
+
+@task
+def prove(here: Settings, candidate: "TrainedModel", card: "ModelCard", staged: Path, limits: Limits) -> "Proof":
+    """The parity ladder, the served test split in a scratch server, and the champion on the same photographs."""
+    from tasks.dataset import open_version
+    from tasks.proof import gather
+    from tasks.registry import load_network
+
+    table = read_routing(here.serving_root, candidate.name)
+    return gather(
+        store=here.store,
+        dataset=open_version(here.store, card.dataset, card.dataset_version),
+        network=load_network(here.mlflow_tracking_uri, candidate.name, candidate.version),
+        staged=staged,
+        champion=table.champion if table else None,
+        serving_root=here.serving_root,
+        serving_python=here.triton_python,
+        accelerator=here.cpu_accelerator,
+        concurrency=limits.evaluation_concurrency,
+    )
+
+
+@task(**NETWORK_RETRY)
+def record(here: Settings, candidate: "TrainedModel", proof: "Proof", decision: Decision) -> None:
+    """Every figure to the candidate's MLflow run; the table of gates to the Prefect UI."""
+    from tasks.registry import log_promotion
+
+    verdict = "promoted" if decision.promote else "refused"
+    summary = {"verdict": verdict, "gates": [vars(gate) for gate in decision.gates], **proof.figures}
+    log_promotion(here.mlflow_tracking_uri, candidate, proof.figures, summary)
+    create_markdown_artifact(
+        key=f"promotion-{candidate.name.replace('_', '-')}",
+        markdown=as_markdown(f"{candidate.name} v{candidate.version}", decision, proof.figures),
+        description=f"{candidate.name} v{candidate.version}: {verdict}",
+    )
+
+
+def refuse(candidate: "TrainedModel", decision: Decision, staged: Path) -> None:
+    """Nothing changed for anybody; the reasons are in the artifact, in MLflow and in the event."""
+    import shutil
+
+    shutil.rmtree(staged)
+    emit(
+        "tirewatch.model.refused",
+        f"tirewatch.model.{candidate.name}",
+        {"model": candidate.name, "version": candidate.version, "reasons": list(decision.reasons)},
+    )
+
+
+@task
+def switch(here: Settings, candidate: "TrainedModel", staged: Path, proof: "Proof") -> int | None:
+    """Publish, load, check the golden images on exactly this version, route. Returns the version that answered before.
+
+    Every step can be killed and run again: until the routing table is replaced, the former champion answers.
+    """
+    from tasks.model_repository import Runtime, install_front_door, publish_version
+    from tasks.proof import check_golden
+    from tasks.serving import load_model
+
+    root, address, model = here.serving_root, here.triton, candidate.name
+    sealed = publish_version(root, staged, Runtime(accelerator=here.cpu_accelerator))
+    load_model(address, sealed.network, sealed.version)
+    check_golden(address, sealed, proof.golden)
+    install_front_door(root, model)
+    table = read_routing(root, model)
+    write_routing(root, promoted(table, model, Route(sealed.network, sealed.version)))
+    load_model(address, model)
+    return table.champion.version if table else None
+
+
+@task(**NETWORK_RETRY)
+def conclude(here: Settings, candidate: "TrainedModel", previous: int | None, figures: Mapping[str, float]) -> None:
+    """Alias, ledger, event: what others read. Each is harmless to repeat, so a run killed before it is made good."""
+    from tasks.ledger import append
+    from tasks.registry import set_alias
+
+    set_alias(here.mlflow_tracking_uri, candidate.name, "champion", candidate.version)
+    append(
+        here.store,
+        candidate.name,
+        action="promoted",
+        version=candidate.version,
+        previous=previous,
+        who=f"flow-run/{flow_run.get_id() or 'by-hand'}",
+        why="all gates held",
+        evidence={"mlflow_run": candidate.run_id, **figures},
+    )
+    emit(
+        "tirewatch.model.promoted",
+        f"tirewatch.model.{candidate.name}",
+        {"model": candidate.name, "version": candidate.version, "reasons": []},
+    )
