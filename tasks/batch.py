@@ -34,6 +34,7 @@ _NO_PHOTOGRAPH: Final = {
     ".yaml",
     ".yml",
 }
+_FORM: Final = '{"annotation": {"data": [{"FilePath": ..., "label_value": ...}]}}'
 _DATASET_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
@@ -186,9 +187,7 @@ def _entries(text: bytes) -> Iterable[dict[str, Any]]:
         if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
             raise TypeError("annotation.data is not a list of objects")
     except (ValueError, KeyError, TypeError) as error:
-        raise BatchRefused(
-            f'{ANNOTATIONS} is not of the form {{"annotation": {{"data": [{{"FilePath": ..., "label_value": ...}}]}}}}: {error!r}'
-        ) from None
+        raise BatchRefused(f"{ANNOTATIONS} is not of the form {_FORM}: {error!r}") from None
     return entries
 
 

@@ -4,7 +4,6 @@ obstore instead of boto3 threads: 2,000 objects of 20 KB into and out of Seaweed
 2.9 s (2 cores), at a seventh of the CPU time, and its errors do not depend on a response being parsed by us.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -223,8 +222,3 @@ def ensure_bucket(store: Store, versioned: bool = True) -> None:
             raise
     if versioned:
         client.put_bucket_versioning(Bucket=store.bucket, VersioningConfiguration={"Status": "Enabled"})
-
-
-def processors() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,371 @@
+"""What is wrong with the photographs of a batch, and in which split the good ones go.
+
+`examine` reads and decodes each photograph once; `plan` is the decision: pure, repeatable, told what the dataset already holds.
+"""
+
+import hashlib
+import os
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Final, Literal
+
+from monitoring.features import image_statistics, perceptual_hash
+from tasks.batch import SPLITS, Batch, BatchItem, BatchRefused, Finding
+from tasks.images import MAX_BYTES, UnreadableImage, decode_full, probe
+from tasks.storage import Content, Store, StoredObject, read_many
+
+Severity = Literal["quarantined", "dropped", "noted"]
+
+# Severity: quarantined = not ingested, a record names it; dropped = redundant, counted only; noted = ingested all the same.
+RULES: Final[dict[str, tuple[Severity, str]]] = {
+    "empty": ("quarantined", "a file of 0 bytes"),
+    "too_many_bytes": ("quarantined", "a file larger than the preprocessing accepts"),
+    "not_an_image": ("quarantined", "no image, whatever the name says"),
+    "unsupported_format": ("quarantined", "an image format the preprocessing does not accept"),
+    "too_small": ("quarantined", "fewer pixels than show anything"),
+    "too_large": ("quarantined", "more pixels than the preprocessing accepts"),
+    "truncated": ("quarantined", "an image that ends too early or is damaged"),
+    "no_label": ("quarantined", "a file in no class folder"),
+    "bad_annotation": ("quarantined", "an annotation that cannot be understood"),
+    "contradictory_annotations": ("quarantined", "one file annotated with different contents"),
+    "annotation_without_file": ("quarantined", "an annotation whose file is not there"),
+    "file_without_annotation": ("quarantined", "a file that no annotation names"),
+    "contradictory_labels": ("quarantined", "the same bytes under two labels in the batch"),
+    "contradicts_dataset": ("quarantined", "bytes the dataset already holds under another label"),
+    "unknown_class": ("quarantined", "a class the dataset does not have"),
+    "bridges_splits": ("quarantined", "a group whose photographs would stand in two splits"),
+    "duplicate": ("dropped", "the same bytes again in the same split"),
+    "twin_across_splits": ("dropped", "the same bytes in a split that is held out from training more strictly"),
+    "already_known": ("dropped", "bytes the dataset already holds under the same label"),
+    "wrong_extension": ("noted", "the extension names another format than the content has"),
+    "ignored_file": ("noted", "no photograph by its extension"),
+    "small_class": ("noted", "a class with very few photographs"),
+}
+SMALL_CLASS: Final = 5
+_EXTENSIONS: Final = {
+    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
+    "PNG": {".png"},
+    "WEBP": {".webp"},
+    "BMP": {".bmp", ".dib"},
+    "TIFF": {".tif", ".tiff"},
+}
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """How rows without a given split are divided. The rest is train. `seed` changes the order of the hashes."""
+
+    val: float = 0.15
+    test: float = 0.15
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One readable photograph of the batch. `offset` and `size` find its bytes in the examination's spool."""
+
+    item: BatchItem
+    sha256: str
+    phash: int
+    format: str
+    width: int
+    height: int
+    statistics: dict[str, float]
+    source_version: str | None
+    offset: int
+    size: int
+
+    @property
+    def group(self) -> str:
+        """Photographs of one group never stand in two splits; an image without a given group is its own."""
+        return self.item.group or self.sha256
+
+
+class Examination:
+    """The readable photographs of a batch, their bytes in a spool file on local disk, and what was found on the way.
+
+    The bytes that were checked are thereby the bytes that are stored, whatever happens to the objects meanwhile.
+    """
+
+    def __init__(self, spool: Path) -> None:
+        self.photographs: list[Photograph] = []
+        self.findings: list[Finding] = []
+        self._file = spool.open("w+b")
+        self._lock = threading.Lock()
+        self._end = 0
+
+    def __enter__(self) -> "Examination":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def keep(self, data: bytes) -> int:
+        """Appends to the spool; the offset."""
+        with self._lock:
+            offset = self._end
+            self._file.seek(offset)
+            self._file.write(data)
+            self._end += len(data)
+            return offset
+
+    def bytes_of(self, photograph: Photograph) -> bytes:
+        """The encoded photograph, as it came from S3."""
+        with self._lock:
+            self._file.seek(photograph.offset)
+            return self._file.read(photograph.size)
+
+
+def examine(store: Store, batch: Batch, examination: Examination) -> None:
+    """Reads and decodes every photograph of the batch once. At most as many are decoded at a time as there are processors."""
+    decoding = threading.Semaphore(_processors())
+    items = {each.object.key: each for each in batch.items}
+    readable = [each.object for each in batch.items if each.object.size <= MAX_BYTES]
+    for each in batch.items:
+        if each.object.size > MAX_BYTES:
+            too_big = f"{each.object.size} bytes are more than the limit of {MAX_BYTES}"
+            examination.findings.append(Finding("too_many_bytes", each.name, too_big))
+
+    def work(stored: StoredObject, content: Content) -> Photograph | Finding:
+        item, data = items[stored.key], content.data
+        sha256 = hashlib.sha256(data).hexdigest()
+        try:
+            kind, _, _ = probe(data)
+            with decoding:
+                pixels = decode_full(data)
+                statistics, phash = image_statistics(pixels), perceptual_hash(pixels)
+        except UnreadableImage as error:
+            return Finding(error.reason, item.name, str(error), sha256)
+        height, width = pixels.shape[:2]
+        offset = examination.keep(data)
+        return Photograph(item, sha256, phash, kind, width, height, statistics, content.version, offset, len(data))
+
+    for result in read_many(store, readable, work):
+        if isinstance(result, Finding):
+            examination.findings.append(result)
+        else:
+            examination.photographs.append(result)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the dataset holds already, as far as the batch meets it.
+
+    labels: sha256 -> label. groups: group -> split. rows: (label, split) -> number of rows. carved: splits that are taken
+    out of given train rows because no batch gave them.
+    """
+
+    classes: tuple[str, ...] = ()
+    labels: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    rows: Counter[tuple[str, str]] = field(default_factory=Counter)
+    carved: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of the batch: rows in order of sha256 with their splits, and every finding."""
+
+    rows: tuple[tuple[Photograph, str], ...]
+    findings: tuple[Finding, ...]
+    carved: tuple[str, ...]
+
+    @property
+    def quarantined(self) -> tuple[Finding, ...]:
+        return tuple(each for each in self.findings if RULES[each.reason][0] == "quarantined")
+
+
+def plan(batch: Batch, examination: Examination, known: Known, split: SplitRule, new_classes: bool = False) -> Plan:
+    """Decides for every file of the batch. The same batch on the same dataset gives the same plan."""
+    findings = [*batch.findings, *examination.findings]
+    findings += [found for each in examination.photographs if (found := _wrong_extension(each))]
+    kept, contradictory = _contradictions(examination.photographs, known)
+    kept, unknown = _unknown_classes(kept, known, new_classes)
+    kept, redundant = _duplicates(kept, known)
+    kept, bridging = _bridges(kept, known)
+    findings += [*contradictory, *unknown, *redundant, *bridging]
+    carved = _carved(kept, known)
+    rows = sorted(_assigned(kept, known, split, carved, batch.dataset), key=lambda row: row[0].sha256)
+    findings += _small_classes(rows, known)
+    return Plan(tuple(rows), tuple(findings), carved)
+
+
+def refuse_if_too_bad(batch: Batch, found: Plan, max_share: float) -> None:
+    """Raises BatchRefused when more than `max_share` of the batch's files are quarantined: then the upload is at fault."""
+    bad = found.quarantined
+    seen = {each.name for each in batch.items} | {each.name for each in bad}
+    if len(bad) <= max_share * len(seen):
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(each.reason for each in bad).most_common())
+    first = "; ".join(f"{each.name}: {each.message}" for each in bad[:3])
+    raise BatchRefused(
+        f"{len(bad)} of {len(seen)} files of {batch.prefix} are bad ({reasons}), more than the allowed share of {max_share:.0%}; "
+        f"nothing was changed. For example {first}. Repair the batch, or raise max_quarantined_share"
+    )
+
+
+_Checked = tuple[list[Photograph], list[Finding]]
+
+
+def _contradictions(photographs: Sequence[Photograph], known: Known) -> _Checked:
+    labels: dict[str, set[str]] = defaultdict(set)
+    names: dict[str, list[str]] = defaultdict(list)
+    for each in photographs:
+        labels[each.sha256].add(each.item.label)
+        names[each.sha256].append(f"{each.item.name} ({each.item.label})")
+    kept, findings = [], []
+    for each in photographs:
+        stored = known.labels.get(each.sha256, each.item.label)
+        if len(labels[each.sha256]) > 1:
+            both = "the same bytes under several labels: " + ", ".join(names[each.sha256])
+            findings.append(Finding("contradictory_labels", each.item.name, both, each.sha256))
+        elif stored != each.item.label:
+            other = f"labelled {each.item.label!r} here, {stored!r} in the dataset"
+            findings.append(Finding("contradicts_dataset", each.item.name, other, each.sha256))
+        else:
+            kept.append(each)
+    return kept, findings
+
+
+def _unknown_classes(photographs: Sequence[Photograph], known: Known, new_classes: bool) -> _Checked:
+    if new_classes or not known.classes:  # the first batch defines the classes
+        return list(photographs), []
+    kept, findings = [], []
+    for each in photographs:
+        if each.item.label in known.classes:
+            kept.append(each)
+        else:
+            remedy = (
+                f"class {each.item.label!r} is not one of {', '.join(known.classes)}: move it, or allow new_classes"
+            )
+            findings.append(Finding("unknown_class", each.item.name, remedy, each.sha256))
+    return kept, findings
+
+
+def _held_out(split: str | None) -> int:
+    """The more strictly a split is held out from training, the higher; no given split comes last."""
+    return -1 if split is None else SPLITS.index(split)
+
+
+def _duplicates(photographs: Sequence[Photograph], known: Known) -> _Checked:
+    """One of each: that in the most strictly held-out split, then the first by name."""
+    best: dict[str, Photograph] = {}
+    for each in sorted(photographs, key=lambda photo: (-_held_out(photo.item.split), photo.item.name)):
+        best.setdefault(each.sha256, each)
+    kept, findings = [], []
+    for each in photographs:
+        chosen = best[each.sha256]
+        if each.sha256 in known.labels:
+            findings.append(
+                Finding("already_known", each.item.name, "the dataset holds these bytes already", each.sha256)
+            )
+        elif each is chosen:
+            kept.append(each)
+        else:
+            crosses = chosen.item.split != each.item.split
+            reason = "twin_across_splits" if crosses else "duplicate"
+            findings.append(Finding(reason, each.item.name, f"the same bytes as {chosen.item.name}", each.sha256))
+    return kept, findings
+
+
+def _bridges(photographs: Sequence[Photograph], known: Known) -> _Checked:
+    """A group keeps its split in the dataset; a group given in two splits stays on the more strictly held-out side."""
+    home: dict[str, str] = {}
+    for each in photographs:
+        if each.item.split and _held_out(each.item.split) > _held_out(home.get(each.group)):
+            home[each.group] = each.item.split
+    home |= known.groups
+    kept, findings = [], []
+    for each in photographs:
+        at_home = home.get(each.group)
+        if each.item.split and at_home and each.item.split != at_home and not _carved_from(each, at_home, known):
+            other = f"group {each.group!r} stands in {at_home}, this photograph is given in {each.item.split}"
+            findings.append(Finding("bridges_splits", each.item.name, other, each.sha256))
+        else:
+            kept.append(each)
+    return kept, findings
+
+
+def _carved_from(photograph: Photograph, home: str, known: Known) -> bool:
+    return photograph.item.split == "train" and home in known.carved
+
+
+def _carved(photographs: Sequence[Photograph], known: Known) -> tuple[str, ...]:
+    """The held-out splits that must come out of the given train rows, so that one exists which nobody selected on."""
+    given = {each.item.split for each in photographs} - {None}
+    present = {split for (_, split), count in known.rows.items() if count} - set(known.carved)
+    if "train" not in given:
+        return known.carved
+    return tuple(split for split in SPLITS if split != "train" and split not in given | present)
+
+
+def _assigned(
+    photographs: Sequence[Photograph], known: Known, rule: SplitRule, carved: tuple[str, ...], dataset: str
+) -> Iterator[tuple[Photograph, str]]:
+    """Each photograph with its split.
+
+    Given splits are honoured. The others go group by group, in the order of a seeded hash of the group, each to the split
+    that is furthest below its share of the group's class: shares hold in every class even where there are few photographs,
+    and no row that is already stored ever moves.
+    """
+    shares = {"train": 1.0 - rule.val - rule.test, "val": rule.val, "test": rule.test}
+    carving = {split: share for split, share in shares.items() if split in carved}
+    carving["train"] = 1.0 - sum(carving.values())
+    home = dict(known.groups)
+    for each in photographs:
+        if each.item.split and not (each.item.split == "train" and carved):
+            home.setdefault(each.group, each.item.split)
+    rows = Counter(known.rows)
+    members: dict[str, list[Photograph]] = defaultdict(list)
+    for each in photographs:
+        members[each.group].append(each)
+        if each.group in home and each.group not in known.groups:
+            rows[each.item.label, home[each.group]] += 1
+
+    def order(group: str) -> bytes:
+        return hashlib.sha256(f"{rule.seed}\0{dataset}\0{group}".encode()).digest()
+
+    for group in sorted(members, key=order):
+        some = members[group]
+        label = min(each.item.label for each in some)
+        if group not in home:
+            wanted = carving if any(each.item.split for each in some) else shares
+            home[group] = _furthest_below(wanted, {split: rows[label, split] for split in SPLITS}, len(some))
+            rows[label, home[group]] += len(some)
+        yield from ((each, home[group]) for each in some)
+
+
+def _furthest_below(shares: dict[str, float], rows: dict[str, int], coming: int) -> str:
+    """The split with the greatest shortfall once `coming` more rows are there; train first where two are equal."""
+    total = sum(rows[split] for split in shares) + coming
+    wanted = [split for split in SPLITS if shares.get(split, 0.0) > 0.0]
+    return max(wanted, key=lambda split: shares[split] * total - rows[split])
+
+
+def _wrong_extension(photograph: Photograph) -> Finding | None:
+    suffix = PurePosixPath(photograph.item.name).suffix.lower()
+    if suffix in _EXTENSIONS[photograph.format]:
+        return None
+    message = f"extension {suffix or 'none'}, content {photograph.format}"
+    return Finding("wrong_extension", photograph.item.name, message, photograph.sha256)
+
+
+def _small_classes(rows: Iterable[tuple[Photograph, str]], known: Known) -> list[Finding]:
+    counts = Counter(photograph.item.label for photograph, _ in rows)
+    for (label, _), stored in known.rows.items():
+        counts[label] += stored
+    return [
+        Finding("small_class", label, f"class {label!r} has {count} photographs: too few to train and judge on")
+        for label, count in sorted(counts.items())
+        if count < SMALL_CLASS
+    ]
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
