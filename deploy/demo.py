@@ -107,7 +107,7 @@ def _tell(story: Story, stack: Stack, pictures: Photographs, defect: tuple[str, 
     batch = f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     prefix = f"incoming/{recipe}/{batch}/"
     with story.step(f"upload: {pictures.count} photographs to s3://{here.s3_bucket}/{prefix}"):
-        from tasks.samples import upload_folder
+        from tasks.sources import upload_folder
 
         upload_folder(here.store, pictures.folder, recipe, batch)
     sealed = datetime.now(UTC)

@@ -27,7 +27,7 @@ class Photographs:
 
 def solar_cells(workspace: Path) -> Photographs:
     """2,624 electroluminescence photographs of solar cells; raises RuntimeError when the extra is not installed."""
-    from tasks.samples import SOLAR_CELLS_CITATION, SOLAR_CELLS_LICENCE, solar_cell_folders
+    from tasks.sources import SOLAR_CELLS_CITATION, SOLAR_CELLS_LICENCE, solar_cell_folders
 
     source = solar_cell_folders(workspace / "source")
     return divide("solar_cells", source, workspace, f"{SOLAR_CELLS_LICENCE}\n{SOLAR_CELLS_CITATION}")
@@ -35,7 +35,7 @@ def solar_cells(workspace: Path) -> Photographs:
 
 def digits(workspace: Path) -> Photographs:
     """1,797 scans of handwritten digits, BSD licence."""
-    from tasks.samples import digit_folders
+    from tasks.sources import digit_folders
 
     return divide("digits", digit_folders(workspace / "source"), workspace)
 
