@@ -1,0 +1,147 @@
+"""`tirewatch`: the embedded stack and the demo, from the command line."""
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Annotated, Final, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deploy import journal, local
+from deploy.stack import Stack, StackError, read_stack
+
+app: Final = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console: Final = Console()
+
+State = Annotated[Path, typer.Option(help="State folder of the stack")]
+_STATE: Final = Path(".tirewatch")
+
+
+def fail(error: Exception) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]error[/] {error}", markup=True, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+@app.command()
+def up(
+    state: State = _STATE,
+    without: Annotated[list[str] | None, typer.Option(help="Leave out this service; may be repeated")] = None,
+    new_ports: Annotated[bool, typer.Option("--new-ports", help="Choose all ports anew")] = False,
+) -> None:
+    """Start the stack, or complete one that runs: S3, Prefect, MLflow, Triton, bridge, workers, watchdog."""
+    started = time.monotonic()
+
+    def report(name: str, seconds: float, url: str) -> None:
+        console.print(f"[green]✓[/] {name:<12} {seconds:5.1f} s  {url}", highlight=False, soft_wrap=True)
+
+    try:
+        stack = local.up(state, report, without=without or (), new_ports=new_ports)
+    except StackError as error:
+        fail(error)
+    console.print(f"up after {time.monotonic() - started:.1f} s; for this shell: source {_shown(stack.state / 'env')}")
+
+
+@app.command()
+def down(state: State = _STATE) -> None:
+    """End every process of the stack; its data stays."""
+    try:
+        leftovers = local.down(state)
+    except StackError as error:
+        fail(error)
+    console.print(f"down; ended {len(leftovers)} process(es) that were left over" if leftovers else "down")
+
+
+@app.command()
+def status(state: State = _STATE) -> None:
+    """State, health and address of every service; exit code 1 unless all run and answer."""
+    try:
+        rows = local.status(state)
+        stack = read_stack(state)
+    except StackError as error:
+        fail(error)
+    table = Table(box=None, pad_edge=False)
+    for column in ("service", "state", "health", "restarts", "pid", "up for", "url"):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        health = "-" if row.healthy is None else "[green]ok[/]" if row.healthy else "[red]no answer[/]"
+        running = f"[green]{row.state}[/]" if row.state == "RUNNING" else f"[red]{row.state}[/]"
+        table.add_row(row.name, running, health, str(row.restarts), str(row.pid or ""), _age(row.uptime), row.url)
+    console.print(table, soft_wrap=True)
+    _print_last_events(stack)
+    if any(row.state != "RUNNING" or row.healthy is False for row in rows):
+        raise typer.Exit(1)
+
+
+def _print_last_events(stack: Stack) -> None:
+    notable = [entry for entry in journal.entries(stack.state) if entry.event not in ("up", "down")][-5:]
+    for entry in notable:
+        console.print(f"[dim]{entry.at[:19]}[/] {entry.text}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def logs(
+    service: Annotated[str | None, typer.Argument(help="A service; without it, what happened to all of them")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is added")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many lines of the end")] = 100,
+    state: State = _STATE,
+) -> None:
+    """Print the log of a service, or the events of the whole stack."""
+    try:
+        stack = read_stack(state)
+    except StackError as error:
+        fail(error)
+    if service is None and not follow:
+        for entry in journal.entries(stack.state)[-lines:]:
+            typer.echo(f"{entry.at[:19]} {entry.service:<12} {entry.text}")
+        return
+    path = stack.log(service) if service else stack.state / "events.jsonl"
+    if not path.exists():
+        known = sorted(found.stem for found in (stack.state / "logs").glob("*.log"))
+        fail(StackError(f"there is no log of {service!r}; there are {', '.join(known)}"))
+    _print_file(path, lines, follow)
+
+
+def _print_file(path: Path, lines: int, follow: bool) -> None:
+    with path.open(errors="replace") as file:
+        typer.echo("".join(deque(file, maxlen=lines)), nl=False)
+        while follow:
+            try:
+                added = file.read()
+                if added:
+                    typer.echo(added, nl=False)
+                elif path.stat().st_size < file.tell():  # rotated
+                    return _print_file(path, lines, follow)
+                else:
+                    time.sleep(0.3)
+            except KeyboardInterrupt:
+                return None
+    return None
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def demo(context: typer.Context) -> None:
+    """From nothing to a served answer: photographs, dataset, model, server. `tirewatch demo --help` lists its options."""
+    from deploy.demo import run_demo
+
+    raise typer.Exit(run_demo(context.args))
+
+
+def _shown(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _age(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What a stack registers with its Prefect server: work pools, the GPU limit, the automation for runs whose process died,
+the blocks of the embedded store, and the deployments of prefect.yaml. Everything by name, so running it twice is harmless.
+
+`python -m deploy.register <state>` is run by `up`; it waits for the server.
+"""
+
+import asyncio
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from deploy.launch import wait_for
+from deploy.recipes import deploy_all
+from deploy.stack import POOLS, SOURCE, Stack, read_stack
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+
+LIMITS: Final = {"gpu": 1}  # runs of one work pool at a time
+HEARTBEATS_MISSED: Final = 180  # seconds; a heartbeat comes every 30 s (deploy/stack.py)
+ZOMBIES: Final = "crash runs whose process died"
+
+
+async def register_pools(client: "PrefectClient") -> None:
+    """Process work pools, and the global limits of the same names for use inside flows."""
+    from prefect.client.schemas.actions import (
+        GlobalConcurrencyLimitCreate,
+        GlobalConcurrencyLimitUpdate,
+        WorkPoolCreate,
+        WorkPoolUpdate,
+    )
+    from prefect.exceptions import ObjectAlreadyExists
+
+    template = _job_template()
+    for pool in POOLS:
+        limit = LIMITS.get(pool)
+        wanted = WorkPoolCreate(name=pool, type="process", base_job_template=template, concurrency_limit=limit)
+        try:
+            await client.create_work_pool(wanted)
+        except ObjectAlreadyExists:  # the worker makes a bare one when it is faster
+            await client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template, concurrency_limit=limit))
+    for name, limit in LIMITS.items():
+        try:
+            await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
+        except ObjectAlreadyExists:
+            await client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=limit))
+
+
+def _job_template() -> dict[str, Any]:
+    """The process worker's own template with the command spelt out: left empty, the worker imports Prefect once more in
+    a process that only prepares the working directory, which costs 2 s from event to run.
+    """
+    from copy import deepcopy
+
+    from prefect.workers.process import ProcessWorker
+
+    template = deepcopy(ProcessWorker.get_default_base_job_template())
+    template["variables"]["properties"]["command"]["default"] = shlex.join((sys.executable, "-m", "prefect.engine"))
+    return template
+
+
+async def register_automations(client: "PrefectClient") -> None:
+    """A run whose heart stopped is marked Crashed: a killed process cannot report its own end."""
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+    automation = AutomationCore(
+        name=ZOMBIES,
+        description="A flow run that sent heartbeats and sends none any more lost its process.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.*"},
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=HEARTBEATS_MISSED,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message=f"The process of this run gave no sign of life for {HEARTBEATS_MISSED} s",
+            )
+        ],
+    )
+    existing = await client.read_automations_by_name(ZOMBIES)
+    if existing:
+        await client.update_automation(existing[0].id, automation)
+    else:
+        await client.create_automation(automation)
+
+
+async def register_all() -> None:
+    from prefect.client.orchestration import get_client
+
+    async with get_client() as client:
+        await register_pools(client)
+        await register_automations(client)
+
+
+def register_blocks(stack: Stack) -> None:
+    """`aws-credentials/tirewatch` and `s3-bucket/tirewatch`, for result storage and for people's own flows."""
+    from prefect_aws import AwsClientParameters, AwsCredentials, S3Bucket
+    from pydantic import SecretStr
+
+    env = stack.environment()
+    credentials = AwsCredentials(
+        aws_access_key_id=env["TIREWATCH_S3_ACCESS_KEY_ID"],
+        aws_secret_access_key=SecretStr(env["TIREWATCH_S3_SECRET_ACCESS_KEY"]),
+        region_name=env["TIREWATCH_S3_REGION"],
+        aws_client_parameters=AwsClientParameters(endpoint_url=env["TIREWATCH_S3_ENDPOINT_URL"]),
+    )
+    credentials.save("tirewatch", overwrite=True)
+    S3Bucket(bucket_name=env["TIREWATCH_S3_BUCKET"], credentials=credentials).save("tirewatch", overwrite=True)
+
+
+def main() -> None:
+    import prefect.client.orchestration
+    import prefect.flows  # noqa: F401  imported while the server starts
+
+    stack = read_stack(Path(sys.argv[1]))
+    wait_for([f"{stack.prefect_url}/api/health"])
+    asyncio.run(register_all())
+    deploy_all(SOURCE / "prefect.yaml")
+    register_blocks(stack)
+
+
+if __name__ == "__main__":
+    main()
