@@ -44,17 +44,21 @@ def score(probabilities: NDArray[Any], rule: DecisionRule) -> NDArray[np.float32
     """[N, C] probabilities -> [N] score: the defect probability, or the top probability where nothing is a defect."""
     probabilities = np.asarray(probabilities, dtype=np.float32)
     if rule.threshold is None:
-        return probabilities.max(axis=1)
-    return probabilities[:, rule.defect_mask].sum(axis=1, dtype=np.float32)
+        top: NDArray[np.float32] = probabilities.max(axis=1)
+        return top
+    defect: NDArray[np.float32] = probabilities[:, rule.defect_mask].sum(axis=1, dtype=np.float32)
+    return defect
 
 
 def decide(probabilities: NDArray[Any], rule: DecisionRule) -> NDArray[np.int64]:
     """[N, C] -> [N] label index: from the threshold on the likeliest defect, below it the likeliest good."""
     probabilities = np.asarray(probabilities, dtype=np.float32)
     if rule.threshold is None:
-        return probabilities.argmax(axis=1)
+        likeliest: NDArray[np.int64] = probabilities.argmax(axis=1)
+        return likeliest
     is_defect = rule.defect_mask
     defective = score(probabilities, rule) >= np.float32(rule.threshold)
     among_defects = np.where(is_defect, probabilities, -1.0).argmax(axis=1)
     among_good = np.where(is_defect, -1.0, probabilities).argmax(axis=1)
-    return np.where(defective, among_defects, among_good)
+    chosen: NDArray[np.int64] = np.where(defective, among_defects, among_good)
+    return chosen

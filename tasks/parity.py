@@ -62,8 +62,8 @@ def golden_indices(
         top = np.sort(probabilities, axis=1)
         clear = top[:, -1] - top[:, -2] >= GOLDEN_MARGIN
     by_label: dict[str, list[int]] = {}
-    for index in np.flatnonzero(clear):
-        by_label.setdefault(labels[index], []).append(int(index))
+    for index in np.flatnonzero(clear).tolist():
+        by_label.setdefault(labels[index], []).append(index)
     chosen: list[int] = []
     depth = 0
     while len(chosen) < count and any(depth < len(group) for group in by_label.values()):
