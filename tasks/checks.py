@@ -122,35 +122,53 @@ class Examination:
             return self._file.read(photograph.size)
 
 
-def examine(store: Store, batch: Batch, examination: Examination) -> None:
+def examine(store: Store, batch: Batch, spool: Path) -> Examination:
     """Reads and decodes every photograph of the batch once. At most as many are decoded at a time as there are processors."""
     decoding = threading.Semaphore(_processors())
     items = {each.object.key: each for each in batch.items}
-    readable = [each.object for each in batch.items if each.object.size <= MAX_BYTES]
-    for each in batch.items:
-        if each.object.size > MAX_BYTES:
-            too_big = f"{each.object.size} bytes are more than the limit of {MAX_BYTES}"
-            examination.findings.append(Finding("too_many_bytes", each.name, too_big))
+    examination = Examination(spool)
 
     def work(stored: StoredObject, content: Content) -> Photograph | Finding:
-        item, data = items[stored.key], content.data
-        sha256 = hashlib.sha256(data).hexdigest()
-        try:
-            kind, _, _ = probe(data)
-            with decoding:
-                pixels = decode_full(data)
-                statistics, phash = image_statistics(pixels), perceptual_hash(pixels)
-        except UnreadableImage as error:
-            return Finding(error.reason, item.name, str(error), sha256)
-        height, width = pixels.shape[:2]
-        offset = examination.keep(data)
-        return Photograph(item, sha256, phash, kind, width, height, statistics, content.version, offset, len(data))
+        with decoding:
+            return _examined(items[stored.key], content, examination)
 
-    for result in read_many(store, readable, work):
-        if isinstance(result, Finding):
-            examination.findings.append(result)
-        else:
-            examination.photographs.append(result)
+    try:
+        for result in read_many(store, (each.object for each in batch.items if each.object.size <= MAX_BYTES), work):
+            if isinstance(result, Finding):
+                examination.findings.append(result)
+            else:
+                examination.photographs.append(result)
+    except BaseException:
+        examination.__exit__(None, None, None)
+        raise
+    for each in batch.items:
+        if each.object.size > MAX_BYTES:  # not even read
+            too_big = f"{each.object.size} bytes are more than the limit of {MAX_BYTES}"
+            examination.findings.append(Finding("too_many_bytes", each.name, too_big))
+    return examination
+
+
+def _examined(item: BatchItem, content: Content, examination: Examination) -> Photograph | Finding:
+    data = content.data
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        kind, _, _ = probe(data)
+        pixels = decode_full(data)
+    except UnreadableImage as error:
+        return Finding(error.reason, item.name, str(error), sha256)
+    height, width = pixels.shape[:2]
+    return Photograph(
+        item=item,
+        sha256=sha256,
+        phash=perceptual_hash(pixels),
+        format=kind,
+        width=width,
+        height=height,
+        statistics=image_statistics(pixels),
+        source_version=content.version,
+        offset=examination.keep(data),
+        size=len(data),
+    )
 
 
 @dataclass(frozen=True)
@@ -205,8 +223,8 @@ def refuse_if_too_bad(batch: Batch, found: Plan, max_share: float) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(each.reason for each in bad).most_common())
     first = "; ".join(f"{each.name}: {each.message}" for each in bad[:3])
     raise BatchRefused(
-        f"{len(bad)} of {len(seen)} files of {batch.prefix} are bad ({reasons}), more than the allowed share of {max_share:.0%}; "
-        f"nothing was changed. For example {first}. Repair the batch, or raise max_quarantined_share"
+        f"{len(bad)} of {len(seen)} files of {batch.prefix} are bad ({reasons}), more than the allowed share of "
+        f"{max_share:.0%}; nothing was changed. For example {first}. Repair the batch, or raise max_quarantined_share"
     )
 
 

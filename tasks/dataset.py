@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from monitoring.features import STATISTICS
-from tasks.batch import SPLITS
-from tasks.checks import Known, Photograph
+from tasks.batch import SPLITS, Batch
+from tasks.checks import Known, Photograph, Plan
 from tasks.storage import Store, list_objects, read, write_if_absent
 
 if TYPE_CHECKING:
@@ -206,24 +206,38 @@ def digest_of(rows: pa.Table) -> str:
 
 def append(
     store: Store,
-    name: str,
     base: Record | None,
-    rows: Sequence[tuple[Photograph, str]],
+    batch: Batch,
+    planned: Plan,
     bytes_of: Callable[[Photograph], bytes],
-    batch: str,
-    content: str,
-    carved: tuple[str, ...],
     report: Mapping[str, Any],
 ) -> Record | None:
-    """The version after `base` (None: the first) with these rows as well; None when another run took that number meanwhile.
+    """The version after `base` (None: the first) with the planned rows as well; None when another run took that number.
 
-    `content` is the batch's layout digest. May be killed anywhere and called again.
+    May be killed anywhere and called again.
     """
-    lance_version = _commit(store, name, base, rows, bytes_of, batch)
-    index = _open_table(store, name, lance_version).to_table(columns=["sha256", "label", "split"])
-    counts = Counter(index["split"].to_pylist())
+    lance_version = _commit(store, batch, base, planned.rows, bytes_of)
+    index = _open_table(store, batch.dataset, lance_version).to_table(columns=["sha256", "label", "split"])
     number = base.version.version + 1 if base else 1
-    made = DatasetVersion(
+    earlier = base.batches if base else {}
+    record = Record(
+        version=_version_of(store, batch.dataset, number, index),
+        lance_version=lance_version,
+        carved=planned.carved,
+        batches={**earlier, batch.name: {"content": batch.content, "version": number}},
+        report=dict(report),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    told = json.dumps(asdict(record), indent=1).encode()
+    if not write_if_absent(store, _record_key(batch.dataset, number), told):
+        return None
+    tag(store, record)
+    return record
+
+
+def _version_of(store: Store, name: str, number: int, index: pa.Table) -> DatasetVersion:
+    counts = Counter(index["split"].to_pylist())
+    return DatasetVersion(
         name=name,
         version=number,
         digest=digest_of(index),
@@ -231,35 +245,23 @@ def append(
         classes=tuple(sorted(pc.unique(index["label"]).to_pylist())),
         splits={split: counts[split] for split in SPLITS},
     )
-    record = Record(
-        version=made,
-        lance_version=lance_version,
-        carved=carved,
-        batches={**(base.batches if base else {}), batch: {"content": content, "version": number}},
-        report=dict(report),
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    if not write_if_absent(store, _record_key(name, number), json.dumps(asdict(record), indent=1).encode()):
-        return None
-    tag(store, record)
-    return record
 
 
 def _commit(
     store: Store,
-    name: str,
+    batch: Batch,
     base: Record | None,
     rows: Sequence[tuple[Photograph, str]],
     bytes_of: Callable[[Photograph], bytes],
-    batch: str,
 ) -> int:
     """Rows of the base and these rows, as a Lance version; its number."""
     import lance
     from lance.commit import CommitConflictError
     from lance.fragment import write_fragments
 
-    uri, options = table_uri(store, name), store.lance_options
-    batches = _arrow_batches(rows, bytes_of, batch)
+    name, options = batch.dataset, store.lance_options
+    uri = table_uri(store, name)
+    batches = _arrow_batches(rows, bytes_of, batch.name)
     written = write_fragments(
         pa.RecordBatchReader.from_batches(SCHEMA, batches), uri, schema=SCHEMA, storage_options=options
     )
@@ -316,7 +318,7 @@ def _row(photograph: Photograph, split: str, image: bytes, batch: str) -> dict[s
 
 
 def tag(store: Store, record: Record) -> None:
-    """Lance tag `v<n>` on the version's rows: for Lance's own tools, whose clean-up spares tagged versions. Twice is harmless."""
+    """Lance tag `v<n>` on the version's rows, for Lance's own tools: their clean-up spares what is tagged. Repeatable."""
     name = f"v{record.version.version}"
     tags = _open_table(store, record.version.name, record.lance_version).tags
     if name in tags.list():

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import obstore
@@ -117,6 +118,15 @@ def list_objects(store: Store, prefix: str) -> list[StoredObject]:
     return sorted(found, key=lambda each: each.key)
 
 
+def exists(store: Store, key: str) -> bool:
+    """Whether there is an object of exactly this key."""
+    try:
+        obstore.head(_client(store), key)
+    except NotFoundError:
+        return False
+    return True
+
+
 def read(store: Store, key: str) -> bytes:
     """The object's bytes. Raises FileNotFoundError."""
     return read_version(store, key).data
@@ -182,11 +192,12 @@ def write_if_absent(store: Store, key: str, data: bytes) -> bool:
     return True
 
 
-def write_many(store: Store, entries: Iterable[tuple[str, Callable[[], bytes]]], concurrency: int = CONCURRENCY) -> int:
-    """Write each `(key, bytes made when its turn comes)`; the number written. The first failure is raised."""
+def write_many(store: Store, entries: Iterable[tuple[str, bytes | Path]], concurrency: int = CONCURRENCY) -> int:
+    """Write each `(key, bytes or the file that holds them)`; the number written. The first failure is raised."""
 
-    def put(entry: tuple[str, Callable[[], bytes]]) -> None:
-        write(store, entry[0], entry[1]())
+    def put(entry: tuple[str, bytes | Path]) -> None:
+        key, data = entry
+        write(store, key, data.read_bytes() if isinstance(data, Path) else data)
 
     with ThreadPoolExecutor(concurrency, thread_name_prefix="s3") as pool:
         return sum(1 for _ in pool.map(put, entries))

@@ -1,0 +1,302 @@
+"""ingest: a batch of photographs on S3 becomes the next version of its dataset, or is refused with reasons.
+
+Makes a dataset version (Lance table on S3), a record for each quarantined file, a report with pictures on the run's page, and
+the event `tirewatch.dataset.version.created`, which starts training. Needs the bucket and the Prefect server. By hand:
+
+    prefect deployment run 'ingest/tire' -p prefix=incoming/tire/batch-1/
+
+Running a batch again changes nothing and gives the same answer; a run that died half-way is made good by the next.
+"""
+
+import json
+import logging
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flows.settings import settings
+from tasks.storage import NETWORK_RETRY, Store
+
+if TYPE_CHECKING:
+    from tasks.batch import Batch
+    from tasks.checks import Examination, Plan
+    from tasks.dataset import DatasetVersion, Record
+
+log = logging.getLogger(__name__)
+
+_COMMIT_ATTEMPTS = 20  # rounds against other runs that ingest into the same dataset at the same time
+_SHOWN = 20  # findings listed on the run's page; all of them are under quarantine/
+
+
+class IngestOptions(BaseModel):
+    """How strictly a batch is read and how its rows are split. The defaults suit a labelled batch of class folders."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_quarantined_share: float = Field(
+        0.2, ge=0, le=1, description="Refuse the whole batch when a greater share of its files is bad"
+    )
+    new_classes: bool = Field(False, description="Accept classes that the dataset does not have yet")
+    val_share: float = Field(0.15, ge=0, le=0.5, description="Share of the rows without a given split for validation")
+    test_share: float = Field(0.15, ge=0, le=0.5, description="The same for the test split that only the gates read")
+    split_seed: int = Field(0, ge=0, lt=2**31, description="Another seed gives another random split of new rows")
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> "IngestOptions":
+        if self.val_share + self.test_share > 0.8:
+            raise ValueError(
+                f"val_share {self.val_share} and test_share {self.test_share} leave less than 0.2 to train on"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What a batch has become. counts: findings by reason. rows: label -> split -> rows that this batch added.
+
+    carved: splits that were taken out of the given train rows because none was given. examples: some quarantined files.
+    """
+
+    batch: str
+    version: "DatasetVersion"
+    created: bool
+    new_rows: int
+    quarantined: int
+    counts: dict[str, int]
+    rows: dict[str, dict[str, int]]
+    carved: tuple[str, ...]
+    examples: tuple[str, ...]
+
+
+@flow(name="ingest", flow_run_name="ingest {prefix}")
+def ingest(dataset: str, prefix: str, options: IngestOptions = IngestOptions()) -> State[Ingested]:
+    """Read the batch, check every photograph, write the next dataset version, say so.
+
+    Args:
+        dataset: Name of the dataset, as in `incoming/<dataset>/`.
+        prefix: Where the batch lies: `incoming/<dataset>/<batch>/`.
+        options: How strictly the batch is read and how its rows are split.
+    """
+    store = settings().store
+    batch = find_batch(store, dataset, prefix)
+    result = already_ingested(store, batch)
+    if result is None:
+        with (
+            TemporaryDirectory(prefix="tirewatch-ingest-") as spool,
+            examine_photographs(store, batch, Path(spool)) as examination,
+        ):
+            result = commit(store, batch, examination, options)
+            show(result, pictures_of(examination))
+    announce(store, result.version)
+    return final_state(result)
+
+
+def final_state(result: Ingested) -> State[Ingested]:
+    """The state tells a run that changed something from one that did not; triggers and people read its name."""
+    where = f"{result.version.name} v{result.version.version}"
+    if not result.created:
+        return Completed(name="Unchanged", message=f"{where} holds all of {result.batch} already", data=result)
+    bad = f", {result.quarantined} files quarantined" if result.quarantined else ""
+    return Completed(message=f"{where}: {result.new_rows} new photographs from {result.batch}{bad}", data=result)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def find_batch(store: Store, dataset: str, prefix: str) -> "Batch":
+    """The batch's layout: every file with its label and given split."""
+    from tasks.batch import read_batch
+
+    return read_batch(store, dataset, prefix)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def already_ingested(store: Store, batch: "Batch") -> Ingested | None:
+    """What this very batch, with this content, became in an earlier run; None where there was none."""
+    from tasks.dataset import newest_record, read_record, tag
+
+    newest = newest_record(store, batch.dataset)
+    before = newest.batches.get(batch.name) if newest else None
+    if before is None or before["content"] != batch.content:
+        return None
+    record = read_record(store, batch.dataset, before["version"])
+    tag(store, record)  # the earlier run may have been killed before it
+    return _ingested(batch.name, record.version, created=False, report=record.report)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
+def examine_photographs(store: Store, batch: "Batch", spool: Path) -> "Examination":
+    """Reads and decodes every photograph once; the bytes stay in the spool until they are committed."""
+    from tasks.checks import examine
+
+    return examine(store, batch, spool / "photographs")
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def commit(store: Store, batch: "Batch", examination: "Examination", options: IngestOptions) -> Ingested:
+    """Decides on every file, records what is quarantined and writes the next version, after whoever else writes one."""
+    from tasks.checks import SplitRule, plan, refuse_if_too_bad
+    from tasks.dataset import append, known_rows, newest_record
+
+    rule = SplitRule(options.val_share, options.test_share, options.split_seed)
+    for _ in range(_COMMIT_ATTEMPTS):
+        base = newest_record(store, batch.dataset)
+        known = known_rows(store, base, examination.photographs)
+        planned = plan(batch, examination, known, rule, options.new_classes)
+        refuse_if_too_bad(batch, planned, options.max_quarantined_share)
+        quarantine(store, batch, planned)  # before the version: a run killed in between is not asked again
+        report = report_of(batch, planned)
+        if planned.rows:
+            record = append(store, base, batch, planned, examination.bytes_of, report)
+        else:
+            record = _nothing_new(batch, base)
+        if record is not None:
+            return _ingested(batch.name, record.version, created=bool(planned.rows), report=report)
+        log.info("another run made a version of %s meanwhile; deciding again upon it", batch.dataset)
+    raise RuntimeError(
+        f"{_COMMIT_ATTEMPTS} rounds against other runs into {batch.dataset!r} were lost: run this batch again"
+    )
+
+
+def _nothing_new(batch: "Batch", base: "Record | None") -> "Record":
+    from tasks.batch import BatchRefused
+
+    if base is None:
+        raise BatchRefused(f"not one photograph of {batch.prefix} can be used: nothing to begin {batch.dataset!r} with")
+    return base
+
+
+def quarantine(store: Store, batch: "Batch", planned: "Plan") -> None:
+    """One record for each quarantined file, and none for files that are good by now. The files stay where they are."""
+    from tasks.storage import delete, list_objects, write_many
+
+    folder = f"quarantine/{batch.dataset}/{batch.name}/"
+    records = {
+        f"{folder}{each.name}.json": {**asdict(each), "key": batch.prefix + each.name, "batch": batch.name}
+        for each in planned.quarantined
+    }
+    write_many(store, ((key, json.dumps(record, indent=1).encode()) for key, record in records.items()))
+    delete(store, [found.key for found in list_objects(store, folder) if found.key not in records])
+
+
+def report_of(batch: "Batch", planned: "Plan") -> dict[str, Any]:
+    """What the version's record keeps about the run that made it: plain values."""
+    rows = Counter((photograph.item.label, split) for photograph, split in planned.rows)
+    return {
+        "prefix": batch.prefix,
+        "new_rows": len(planned.rows),
+        "quarantined": len(planned.quarantined),
+        "counts": dict(Counter(each.reason for each in planned.findings).most_common()),
+        "rows": {
+            label: {split: count for (of, split), count in sorted(rows.items()) if of == label}
+            for label in sorted({label for label, _ in rows})
+        },
+        "carved": list(planned.carved),
+        "examples": [f"{each.name}: {each.message}" for each in planned.quarantined[:_SHOWN]],
+    }
+
+
+def _ingested(batch: str, version: "DatasetVersion", created: bool, report: Mapping[str, Any]) -> Ingested:
+    return Ingested(
+        batch=batch,
+        version=version,
+        created=created,
+        new_rows=report["new_rows"],
+        quarantined=report["quarantined"],
+        counts=report["counts"],
+        rows=report["rows"],
+        carved=tuple(report["carved"]),
+        examples=tuple(report["examples"]),
+    )
+
+
+def pictures_of(examination: "Examination") -> dict[str, list[bytes]]:
+    """Label -> a few photographs of the batch, always the same ones."""
+    from tasks.contact_sheet import MAX_CLASSES, PER_CLASS
+
+    chosen: dict[str, list[bytes]] = {
+        label: [] for label in sorted({each.item.label for each in examination.photographs})
+    }
+    for each in sorted(examination.photographs, key=lambda photograph: photograph.sha256):
+        if len(chosen[each.item.label]) < PER_CLASS:
+            chosen[each.item.label].append(examination.bytes_of(each))
+    return dict(list(chosen.items())[:MAX_CLASSES])
+
+
+def show(result: Ingested, pictures: Mapping[str, list[bytes]]) -> None:
+    """The report on the run's page."""
+    from prefect.artifacts import create_markdown_artifact
+
+    from tasks.contact_sheet import contact_sheet
+
+    sheet = contact_sheet(list(pictures.values())) if pictures else b""
+    create_markdown_artifact(
+        key=f"ingest-{result.version.name.replace('_', '-')}",
+        markdown=as_markdown(result, tuple(pictures), sheet),
+        description=f"{result.batch} -> {result.version.name} v{result.version.version}",
+    )
+
+
+def as_markdown(result: Ingested, classes: tuple[str, ...], sheet: bytes) -> str:
+    """What became of the batch; `sheet` is a PNG with one row for each of `classes`."""
+    from tasks.batch import SPLITS
+    from tasks.checks import RULES
+
+    version = result.version
+    lines = [
+        f"# {result.batch}: {version.name} v{version.version}",
+        f"{result.new_rows} new photographs, {result.quarantined} files quarantined. `{version.digest}`",
+        _table(
+            ("class", *SPLITS),
+            [(label, *(str(splits.get(split, 0)) for split in SPLITS)) for label, splits in result.rows.items()]
+            + [("**all of the version**", *(f"**{version.splits[split]}**" for split in SPLITS))],
+        ),
+    ]
+    if result.carved:
+        lines.append(f"No {' and '.join(result.carved)} split was given: taken out of the given train rows, by group.")
+    if result.counts:
+        found = [(reason, str(count), *RULES[reason]) for reason, count in result.counts.items()]
+        lines.append(_table(("found", "files", "outcome", "what it is"), found))
+    if result.examples:
+        lines.append(f"## Quarantined\n\nAll of them: `quarantine/{version.name}/{result.batch}/`\n")
+        lines.append("\n".join(f"- {_escaped(example)}" for example in result.examples))
+    if sheet:
+        rows = ", ".join(_escaped(label) for label in classes)
+        lines.append(
+            f"## Photographs\n\nRows: {rows}\n\n![photographs](data:image/png;base64,{b64encode(sheet).decode()})"
+        )
+    return "\n\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    shown = [head, ["---"] * len(head), *([_escaped(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in shown)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def announce(store: Store, version: "DatasetVersion") -> None:
+    """The event that starts training, once for each version: the note that it was sent is written after it."""
+    from tasks.events import emit
+    from tasks.storage import exists, write
+
+    note = f"datasets/{version.name}/announced/{version.version:08d}"
+    if exists(store, note):
+        return
+    emit(
+        "tirewatch.dataset.version.created",
+        f"tirewatch.dataset.{version.name}",
+        {"dataset": version.name, "version": version.version, "digest": version.digest},
+    )
+    write(store, note, b"")
