@@ -1,0 +1,214 @@
+"""How good a model is, with exact bounds, and where its operating threshold lies. numpy and scipy only."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.decision import DecisionRule, decide, score
+from tasks.recipe import ThresholdRule
+
+Truth = NDArray[np.int64]
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Quality of decided labels. precision, recall and f1 are those of finding defects, or class means without defects."""
+
+    accuracy: float
+    balanced_accuracy: float
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What the line feels: defects let through (escapes) and good parts rejected (over-kill).
+
+    The upper values are exact one-sided 95 % bounds (Clopper and Pearson 1934).
+    """
+
+    threshold: float
+    defects: int
+    escapes: int
+    escape_rate: float
+    escape_upper: float
+    good: int
+    overkills: int
+    overkill_rate: float
+    overkill_upper: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one split. confusion[i][j]: photographs of class i decided as class j, classes in order of labels."""
+
+    count: int
+    labels: tuple[str, ...]
+    figures: Figures
+    auc: float
+    brier: float
+    calibration_error: float
+    confusion: tuple[tuple[int, ...], ...]
+    operating: OperatingPoint | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For evaluation.json."""
+        return asdict(self)
+
+
+def evaluate(probabilities: NDArray[Any], truth: Truth, rule: DecisionRule) -> Evaluation:
+    """[N, C] probabilities and [N] true label indices -> the evaluation under the rule.
+
+    auc is that of the defect score, or the mean over classes, each against the rest; nan where a side has no photograph.
+    """
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    _check(probabilities, truth, len(rule.labels))
+    decided = decide(probabilities, rule)
+    confusion = np.zeros((len(rule.labels), len(rule.labels)), dtype=int)
+    np.add.at(confusion, (truth, decided), 1)
+    return Evaluation(
+        count=len(truth),
+        labels=rule.labels,
+        figures=figures(truth, decided, rule.defect_mask),
+        auc=_auc(probabilities, truth, rule),
+        brier=float(((probabilities - np.eye(len(rule.labels))[truth]) ** 2).sum(axis=1).mean()),
+        calibration_error=calibration_error(probabilities, truth),
+        confusion=tuple(tuple(int(n) for n in row) for row in confusion),
+        operating=None if rule.threshold is None else _operating_point(truth, decided, rule, rule.threshold),
+    )
+
+
+def figures(truth: Truth, decided: Truth, defect_mask: NDArray[np.bool_]) -> Figures:
+    """Accuracy, balanced accuracy (mean recall of the classes that occur), precision, recall and F1."""
+    if len(truth) == 0:
+        raise ValueError("there is not one photograph to evaluate: the split is empty")
+    recalls = [float(np.mean(decided[truth == label] == label)) for label in np.unique(truth)]
+    if defect_mask.any():
+        precision, recall, f1 = _detection(defect_mask[truth], defect_mask[decided])
+    else:
+        per_class = [_detection(truth == label, decided == label) for label in np.unique(truth)]
+        precision, recall, f1 = (float(value) for value in np.mean(per_class, axis=0))
+    return Figures(
+        accuracy=float(np.mean(truth == decided)),
+        balanced_accuracy=float(np.mean(recalls)),
+        precision=precision,
+        recall=recall,
+        f1=f1,
+    )
+
+
+def _detection(truth: NDArray[np.bool_], decided: NDArray[np.bool_]) -> tuple[float, float, float]:
+    """Precision, recall and F1 of one side; 0 where a denominator is 0."""
+    hits = int((truth & decided).sum())
+    precision = hits / max(int(decided.sum()), 1)
+    recall = hits / max(int(truth.sum()), 1)
+    return precision, recall, 2 * hits / max(int(decided.sum() + truth.sum()), 1)
+
+
+def upper_bound(events: int, trials: int, confidence: float = CONFIDENCE) -> float:
+    """Exact one-sided upper bound of a rate (Clopper and Pearson 1934): 0 of 60 gives 0.049, 0 of 0 gives 1."""
+    from scipy.stats import beta
+
+    if not 0 <= events <= trials:
+        raise ValueError(f"{events} events in {trials} trials cannot be")
+    return 1.0 if events == trials else float(beta.ppf(confidence, events + 1, trials - events))
+
+
+def calibration_error(probabilities: NDArray[Any], truth: Truth, bins: int = 15) -> float:
+    """Expected calibration error of the top probability in equal bins (Guo et al. 2017, with their 15 bins)."""
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == truth
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(float(np.sum(right[bin_of == b]) - np.sum(confidence[bin_of == b]))) for b in range(bins)]
+    return sum(gaps) / len(truth)
+
+
+def rank_auc(scores: NDArray[Any], positive: NDArray[np.bool_]) -> float:
+    """Area under the ROC curve by the rank sum, ties counting half; nan without both sides."""
+    from scipy.stats import rankdata
+
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
+        return float("nan")
+    rank_sum = float(rankdata(scores)[positive].sum())
+    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def _auc(probabilities: NDArray[Any], truth: Truth, rule: DecisionRule) -> float:
+    if rule.defect_labels:
+        return rank_auc(score(probabilities, rule), rule.defect_mask[truth])
+    present = np.unique(truth)
+    return float(np.mean([rank_auc(probabilities[:, label], truth == label) for label in present]))
+
+
+def _operating_point(truth: Truth, decided: Truth, rule: DecisionRule, threshold: float) -> OperatingPoint:
+    is_defect, rejected = rule.defect_mask[truth], rule.defect_mask[decided]
+    defects, good = int(is_defect.sum()), int((~is_defect).sum())
+    escapes, overkills = int((is_defect & ~rejected).sum()), int((~is_defect & rejected).sum())
+    return OperatingPoint(
+        threshold=threshold,
+        defects=defects,
+        escapes=escapes,
+        escape_rate=escapes / defects if defects else float("nan"),
+        escape_upper=upper_bound(escapes, defects),
+        good=good,
+        overkills=overkills,
+        overkill_rate=overkills / good if good else float("nan"),
+        overkill_upper=upper_bound(overkills, good),
+    )
+
+
+def choose_threshold(scores: NDArray[Any], is_defect: NDArray[np.bool_], rule: ThresholdRule) -> float:
+    """Operating threshold in (0, 1) for [N] defect scores of the validation split.
+
+    Candidates lie half-way between neighbouring scores, so no photograph sits on the threshold; among equally good ones the
+    one nearest to 0.5. Raises ValueError when one side is missing: without defects any threshold looks perfect, and picking
+    the lowest would reject everything (anomalib#2433).
+    """
+    defects, good = int(is_defect.sum()), int((~is_defect).sum())
+    if not defects or not good:
+        raise ValueError(
+            f"the validation split holds {defects} defects and {good} good parts: an operating threshold needs both; "
+            "add labelled photographs of the missing side"
+        )
+    candidates = _candidates(scores)
+    missed = np.searchsorted(np.sort(scores[is_defect]), candidates, side="left")
+    overkills = good - np.searchsorted(np.sort(scores[~is_defect]), candidates, side="left")
+    cost = _cost(rule, missed, overkills, defects, good)
+    best = candidates[cost <= cost.min() + 1e-12]
+    return float(best[np.argmin(np.abs(best - 0.5))])
+
+
+def _candidates(scores: NDArray[Any]) -> NDArray[np.float64]:
+    """Thresholds that split the scores in every possible way and stay exact when stored as float32."""
+    edges = np.unique(np.concatenate([[0.0], np.asarray(scores, dtype=np.float64), [1.0]]))
+    middles = ((edges[:-1] + edges[1:]) / 2).astype(np.float32).astype(np.float64)
+    inside = middles[(middles > 0) & (middles < 1)]
+    return np.unique(np.concatenate([inside, [0.5]]))
+
+
+def _cost(
+    rule: ThresholdRule, missed: NDArray[Any], overkills: NDArray[Any], defects: int, good: int
+) -> NDArray[np.float64]:
+    """What each candidate costs under the rule; the least is chosen."""
+    if rule.rule == "accuracy":
+        return np.asarray(missed + overkills, dtype=np.float64)
+    if rule.rule == "balanced_accuracy":
+        return np.asarray(missed / defects + overkills / good, dtype=np.float64)
+    if rule.rule == "cost":
+        return np.asarray(rule.miss_cost * missed + rule.overkill_cost * overkills, dtype=np.float64)
+    too_many = (defects - missed) / defects < rule.recall
+    return np.where(too_many, np.inf, overkills.astype(np.float64))
+
+
+def _check(probabilities: NDArray[Any], truth: Truth, classes: int) -> None:
+    if probabilities.shape != (len(truth), classes):
+        raise ValueError(
+            f"{len(truth)} labels of {classes} classes do not fit probabilities of shape {probabilities.shape}"
+        )
+    if not np.isfinite(probabilities).all():
+        raise ValueError("the probabilities hold values that are not finite: the model has diverged")

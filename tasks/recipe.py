@@ -1,0 +1,105 @@
+"""What one training run is told: bounded and described, because it is the form in the Prefect UI. Imports pydantic only."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Architecture = Literal["tinyvgg", "cnn", "resnet18", "efficientnet_lite0"]
+
+
+class Augmentation(BaseModel):
+    """How training photographs are varied. Turns and flips are right where a part may lie in any direction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flip_horizontal: bool = Field(default=True, description="Mirror left and right")
+    flip_vertical: bool = Field(default=False, description="Mirror top and bottom")
+    quarter_turns: bool = Field(default=False, description="Turn by 0, 90, 180 or 270 degrees")
+    shift: float = Field(default=0.0, ge=0, le=0.25, description="Move by up to this share of the side, edges repeated")
+    brightness: float = Field(default=0.1, ge=0, le=0.5, description="Add up to this share of full scale, up or down")
+    contrast: float = Field(
+        default=0.1, ge=0, le=0.5, description="Stretch the contrast by up to this share, up or down"
+    )
+
+
+class ThresholdRule(BaseModel):
+    """How the operating threshold on the defect score is chosen, on the validation split."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rule: Literal["accuracy", "balanced_accuracy", "recall", "cost"] = Field(
+        default="accuracy",
+        description="Most right decisions; the mean of both rates; a required recall; or the least cost",
+    )
+    recall: float = Field(default=0.95, gt=0, le=1, description="Rule recall: share of defects that must be caught")
+    miss_cost: float = Field(default=10.0, gt=0, description="Rule cost: what one missed defect costs")
+    overkill_cost: float = Field(default=1.0, gt=0, description="Rule cost: what one good part rejected costs")
+
+
+class TrainConfig(BaseModel):
+    """One training run. The defaults suit a few thousand photographs and two processor cores."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: Architecture = Field(default="efficientnet_lite0", description="Which network of the zoo")
+    pretrained: bool = Field(
+        default=True, description="Start from ImageNet weights (not for tinyvgg and cnn, which have none)"
+    )
+    image_size: int = Field(default=160, ge=16, le=768, description="Side in pixels of the square the network sees")
+    defect_labels: tuple[str, ...] = Field(
+        default=(), description="Classes that count as a defect; empty: plain multi-class"
+    )
+
+    epochs: int = Field(default=6, ge=1, le=500, description="Passes over the training split, at most")
+    max_minutes: float = Field(
+        default=30.0, gt=0, le=2880, description="Training time; epochs that do not fit are dropped"
+    )
+    batch_size: int = Field(default=32, ge=4, le=1024, description="Photographs a step")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="Optimizer")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="Peak learning rate")
+    head_rate: float = Field(default=1.0, ge=1, le=100, description="The new head learns this many times faster")
+    weight_decay: float = Field(default=0.01, ge=0, le=1, description="Weight decay; none on biases and norms")
+    schedule: Literal["one_cycle", "cosine", "constant"] = Field(
+        default="one_cycle", description="Learning rate over the run"
+    )
+    frozen_stages: int = Field(
+        default=0, ge=0, le=6, description="First stages of a pretrained network that are not trained"
+    )
+    label_smoothing: float = Field(default=0.05, ge=0, lt=0.5, description="Label smoothing of the training loss")
+    class_weights: bool = Field(
+        default=True, description="Weigh the loss so that rare classes count as much as common ones"
+    )
+    augmentation: Augmentation = Field(default=Augmentation(), description="How training photographs are varied")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="auto times both at the start and takes the faster; name one for bitwise repeatable runs",
+    )
+    seed: int = Field(default=7, ge=0, lt=2**31, description="Seed of weights, order and augmentation")
+
+    patience: int = Field(
+        default=5, ge=1, le=100, description="Epochs without a better validation loss before stopping"
+    )
+    min_delta: float = Field(default=0.001, ge=0, le=1, description="What counts as a better validation loss")
+    stop_at_accuracy: float | None = Field(
+        default=None, gt=0, le=1, description="Stop when validation accuracy reaches this ..."
+    )
+    stop_at_loss: float | None = Field(default=None, gt=0, description="... and validation loss is at most this")
+
+    threshold: ThresholdRule = Field(default=ThresholdRule(), description="How the operating threshold is chosen")
+    minimum_accuracy: float = Field(
+        default=0.7, ge=0, le=1, description="Validation accuracy below which nothing is registered"
+    )
+    minimum_balanced_accuracy: float = Field(
+        default=0.6, ge=0, le=1, description="The same for the mean of the class recalls"
+    )
+    continue_from: int | None = Field(
+        default=None, ge=1, description="Registered version whose weights training starts from"
+    )
+
+    @model_validator(mode="after")
+    def _weights_exist(self) -> "TrainConfig":
+        if self.frozen_stages and not (self.pretrained or self.continue_from):
+            raise ValueError(f"frozen_stages={self.frozen_stages} without trained weights would freeze random ones")
+        if self.pretrained and self.architecture in ("tinyvgg", "cnn"):
+            raise ValueError(f"there are no pretrained weights for {self.architecture}: set pretrained to false")
+        return self

@@ -1,0 +1,138 @@
+"""One MLflow run of training: what went in, how it went epoch by epoch, what came out. The versions are in registry.py."""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from tasks.passport import commit, passport
+from tasks.recipe import TrainConfig
+from tasks.registry import EVALUATION, FLOW_RUN_TAG, client_of, log_bytes, log_metrics
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from tasks.dataset import DatasetVersion
+    from tasks.training import Epoch
+
+_DIGEST_LENGTH: Final = 36  # of the column in MLflow's database; the whole digest stands in the source and the tags
+
+
+def open_run(
+    tracking_uri: str,
+    dataset: "DatasetVersion",
+    config: TrainConfig,
+    flow_run_id: str,
+    flow_run_url: str,
+    trained_on: int,
+) -> str:
+    """A new MLflow run in the experiment of the dataset: parameters once, the dataset as input, the environment.
+
+    A run that the same flow run left unfinished (its process died and Prefect started it again) is closed as killed first,
+    so that no metric series mixes two attempts.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+
+    client = client_of(tracking_uri)
+    experiment_id = _experiment(client, dataset.name)
+    for left in _runs_of(client, experiment_id, flow_run_id):
+        if left.info.status == "RUNNING":
+            client.set_terminated(left.info.run_id, "KILLED")
+    digest = dataset.digest.removeprefix("sha256:")
+    tags = {
+        FLOW_RUN_TAG: flow_run_id,
+        "prefect.flow_run_url": flow_run_url,
+        "mlflow.note.content": f"[Prefect run]({flow_run_url})",
+        "mlflow.source.git.commit": commit(),
+        **_identity(dataset, config),
+    }
+    run_id = str(client.create_run(experiment_id, run_name=f"{dataset.name} v{dataset.version}", tags=tags).info.run_id)
+    client.log_batch(
+        run_id,
+        params=[Param(key, str(value)) for key, value in _flat(config.model_dump()).items()],
+        tags=[RunTag("mlflow.runName", f"{dataset.name} v{dataset.version} {config.architecture}")],
+    )
+    recorded = Dataset(
+        name=f"{dataset.name} v{dataset.version}",
+        digest=digest[:_DIGEST_LENGTH],
+        source_type="s3",
+        source=json.dumps({"uri": dataset.uri, "version": dataset.version, "digest": dataset.digest}),
+        profile=json.dumps({"num_rows": trained_on, **dataset.splits}),
+    )
+    client.log_inputs(run_id, [DatasetInput(recorded, [InputTag("mlflow.data.context", "training")])])
+    client.log_dict(run_id, passport(), "passport.json")
+    return run_id
+
+
+def log_epoch(tracking_uri: str, run_id: str, epoch: "Epoch") -> None:
+    """Loss, Accuracy, Precision, Recall and F1_Score of both splits, and the learning rate, as series over the epochs."""
+    values = {"learning_rate": epoch.learning_rate, "epoch_end_seconds": epoch.seconds}
+    for split, loss, found in (
+        ("train", epoch.train_loss, epoch.train),
+        ("val", epoch.validation_loss, epoch.validation),
+    ):
+        values |= {
+            f"{split}/Loss": loss,
+            f"{split}/Accuracy": found.accuracy,
+            f"{split}/Balanced_Accuracy": found.balanced_accuracy,
+            f"{split}/Precision": found.precision,
+            f"{split}/Recall": found.recall,
+            f"{split}/F1_Score": found.f1,
+        }
+    log_metrics(client_of(tracking_uri), run_id, values, epoch.number)
+
+
+def log_outcome(
+    tracking_uri: str, run_id: str, metrics: Mapping[str, float], outcome: Mapping[str, Any], figure: bytes
+) -> None:
+    """The final figures as metrics, everything that was found as evaluation.json, and the picture of it."""
+    client = client_of(tracking_uri)
+    log_metrics(client, run_id, metrics)
+    client.log_dict(run_id, dict(outcome), EVALUATION)
+    log_bytes(client, run_id, figure, "evaluation.png")
+
+
+def close_run(tracking_uri: str, run_id: str, status: str, reasons: tuple[str, ...] = ()) -> None:
+    """End a run that registered nothing; status FINISHED or FAILED, the reasons as a tag."""
+    client = client_of(tracking_uri)
+    if reasons:
+        client.set_tag(run_id, "not_registered", "; ".join(reasons))
+    client.set_terminated(run_id, status)
+
+
+def _experiment(client: "MlflowClient", name: str) -> str:
+    """Id of the experiment, made when it is new; two runs may make it at the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return _experiment(client, name)
+
+
+def _runs_of(client: "MlflowClient", experiment_id: str, flow_run_id: str) -> list[Any]:
+    return list(client.search_runs([experiment_id], f"tags.`{FLOW_RUN_TAG}` = '{flow_run_id}'"))
+
+
+def _identity(dataset: "DatasetVersion", config: TrainConfig) -> dict[str, str]:
+    return {
+        "dataset": dataset.name,
+        "dataset_version": str(dataset.version),
+        "dataset_digest": dataset.digest,
+        "architecture": config.architecture,
+    }
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
