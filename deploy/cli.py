@@ -120,12 +120,19 @@ def _print_file(path: Path, lines: int, follow: bool) -> None:
     return None
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
-def demo(context: typer.Context) -> None:
-    """From nothing to a served answer: photographs, dataset, model, server. `tirewatch demo --help` lists its options."""
+@app.command()
+def demo(
+    data: Annotated[
+        str | None, typer.Option(help="A folder of class folders, or `digits`; without it, the solar cells")
+    ] = None,
+    defect: Annotated[str, typer.Option(help="Classes that count as a defect, separated by commas")] = "",
+    stop: Annotated[bool, typer.Option("--stop", envvar="CI", help="Take the stack down at the end")] = False,
+    state: State = _STATE,
+) -> None:
+    """From nothing to a served answer: photographs, dataset, model, server."""
     from deploy.demo import run_demo
 
-    raise typer.Exit(run_demo(context.args))
+    raise typer.Exit(run_demo(state, data, [name for name in defect.split(",") if name], stop))
 
 
 def _shown(path: Path) -> str:

@@ -30,7 +30,7 @@ def answers(url: str, timeout: float = 2.0) -> bool:
     """Whether a GET of the URL is answered with 2xx."""
     try:
         with urllib.request.urlopen(url, timeout=timeout) as answer:
-            return 200 <= answer.status < 300
+            return bool(200 <= answer.status < 300)
     except (OSError, ValueError, urllib.error.URLError):
         return False
 

@@ -160,7 +160,7 @@ def bridge(state: Path, port: int, env: dict[str, str]) -> Service:
     """Outside events in, Prefect events out."""
     return Service(
         name="bridge",
-        command=_uvicorn("bridge.app:create_app", port, "--factory"),
+        command=_uvicorn("bridge.app:create_app", port, "--factory", "--no-access-log"),
         ready_url=f"http://127.0.0.1:{port}/health",
         url=f"http://127.0.0.1:{port}",
         env=env,

@@ -4,6 +4,7 @@ import http.client
 import shlex
 import subprocess
 import sys
+import time
 import xmlrpc.client
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class ProgramState:
 
 def configuration(stack: Stack, programs: Iterable[Service]) -> str:
     """supervisord.conf of the stack. A service gets 10 attempts with growing pauses (55 s) before it is given up."""
-    sections = [
+    sections: list[tuple[str, dict[str, object]]] = [
         ("unix_http_server", {"file": stack.socket, "chmod": "0700"}),
         (
             "supervisord",
@@ -87,6 +88,7 @@ def _journal(stack: Stack) -> dict[str, object]:
         "events": ",".join(LISTENED),
         "buffer_size": 200,
         "autorestart": "true",
+        "stdout_logfile": "NONE",  # the protocol with supervisor
         "stderr_logfile": stack.log("journal"),
         "stderr_logfile_maxbytes": "1MB",
         "stderr_logfile_backups": 1,
@@ -115,18 +117,28 @@ def start(stack: Stack, programs: list[Service]) -> None:
         timeout=30,
     )
     if done.returncode != 0:
-        raise StackError(f"supervisord did not start: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+        raise StackError(f"supervisord did not start: {(done.stderr or done.stdout).strip()[-500:]}")
+    supervisor = Supervisor(stack)  # the command returns when its daemon is forked, not when that listens
+    for _ in range(100):
+        if supervisor.is_running():
+            return
+        time.sleep(0.1)
+    raise StackError(f"supervisord does not answer at {stack.socket}: read {stack.log('supervisord')}")
 
 
 class Supervisor:
     """Calls to the supervisord of one stack over its unix socket."""
 
     def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+
+    @property
+    def _rpc(self) -> Any:
+        """A connection for one call: supervisor's transport cannot be used again after it failed once."""
         from supervisor.xmlrpc import SupervisorTransport
 
-        transport = SupervisorTransport(None, None, f"unix://{stack.socket}")
-        self._rpc: Any = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
-        self._stack = stack
+        transport = SupervisorTransport(None, None, f"unix://{self._stack.socket}")
+        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
 
     def is_running(self) -> bool:
         try:
