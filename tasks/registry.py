@@ -189,11 +189,19 @@ def load_card(tracking_uri: str, name: str, version: int) -> tuple[TrainedModel,
     return model, ModelCard.from_json(_artifact(tracking_uri, model.run_id, CARD).decode())
 
 
-def load_weights(tracking_uri: str, name: str, version: int) -> "dict[str, Tensor]":
-    """The classifier's tensors."""
+def load_weights(
+    tracking_uri: str, name: str, version: int, architecture: str, classes: tuple[str, ...]
+) -> "dict[str, Tensor]":
+    """The tensors of the version's classifier; ValueError when it is another architecture or knows other classes."""
     from safetensors.torch import load
 
-    return load(_artifact(tracking_uri, _registered(tracking_uri, name, version).run_id, WEIGHTS))
+    model, card = load_card(tracking_uri, name, version)
+    if (card.architecture, card.rule.labels) != (architecture, classes):
+        raise ValueError(
+            f"{name} v{version} is a {card.architecture} for the classes {list(card.rule.labels)}: its weights do not fit "
+            f"a {architecture} for {list(classes)}"
+        )
+    return load(_artifact(tracking_uri, model.run_id, WEIGHTS))
 
 
 def load_network(tracking_uri: str, name: str, version: int) -> "ImageNetwork":
@@ -202,7 +210,7 @@ def load_network(tracking_uri: str, name: str, version: int) -> "ImageNetwork":
 
     _, card = load_card(tracking_uri, name, version)
     classifier = build_model(card.architecture, len(card.rule.labels), pretrained=False)
-    classifier.load_state_dict(load_weights(tracking_uri, name, version))
+    classifier.load_state_dict(load_weights(tracking_uri, name, version, card.architecture, card.rule.labels))
     return ImageNetwork(classifier, card.mean, card.std).eval()
 
 

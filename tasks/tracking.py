@@ -23,7 +23,6 @@ def open_run(
     config: TrainConfig,
     flow_run_id: str,
     flow_run_url: str,
-    trained_on: int,
 ) -> str:
     """A new MLflow run in the experiment of the dataset: parameters once, the dataset as input, the environment.
 
@@ -56,7 +55,7 @@ def open_run(
         digest=digest[:_DIGEST_LENGTH],
         source_type="s3",
         source=json.dumps({"uri": dataset.uri, "version": dataset.version, "digest": dataset.digest}),
-        profile=json.dumps({"num_rows": trained_on, **dataset.splits}),
+        profile=json.dumps({"num_rows": sum(dataset.splits.values()), **dataset.splits}),
     )
     client.log_inputs(run_id, [DatasetInput(recorded, [InputTag("mlflow.data.context", "training")])])
     client.log_dict(run_id, passport(), "passport.json")

@@ -1,0 +1,308 @@
+"""train: a dataset version becomes a registered model version, or the run says why it does not.
+
+Makes an MLflow run (parameters, series over the epochs, evaluation, weights, drift reference), a registered version named
+like the dataset, a report with curves on the run's page, and the event `tirewatch.model.registered`, which starts promotion.
+Needs S3, MLflow and the Prefect server. By hand:
+
+    prefect deployment run 'train/tire' -p config='{"epochs": 10}'
+
+The test split is read once, after everything has been decided, and never by training or selection.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed
+
+from flows.settings import Settings, settings
+from tasks.recipe import TrainConfig
+from tasks.storage import NETWORK_RETRY, Store
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tasks.dataset import DatasetVersion
+    from tasks.decision import DecisionRule
+    from tasks.evaluation import Evaluation
+    from tasks.registry import TrainedModel
+    from tasks.samples import Samples
+    from tasks.training import Trained
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The operating rule and what the validation split says under it; outputs: its `probabilities` and `embedding`."""
+
+    rule: "DecisionRule"
+    validation: "Evaluation"
+    outputs: "dict[str, NDArray[np.float32]]"
+
+
+@flow(name="train", flow_run_name="train {dataset}")
+def train(
+    dataset: str, dataset_version: int | None = None, config: TrainConfig = TrainConfig()
+) -> "State[TrainedModel | None]":
+    """Train on a dataset version, judge on its validation split, register what reaches the minimum quality.
+
+    Args:
+        dataset: Name of the dataset, and of the registered model.
+        dataset_version: Version of the dataset; the newest one when left empty.
+        config: What is trained, and how.
+    """
+    here = settings()
+    version = find_version(here.store, dataset, dataset_version)
+    model = registered_earlier(here, dataset)
+    if model is None:
+        training, validation = (load(here.store, version, split, config) for split in ("train", "val"))
+        with mlflow_run(here, version, config) as run_id:
+            trained = fit(here, run_id, version, training, validation, config)
+            judged = judge(trained, validation, version, config)
+            reasons = below_minimum(judged.validation, config)
+            test = None if reasons else final_test(here.store, version, trained, judged, config)
+            publish_report(here, run_id, version, trained, judged, test, reasons, config)
+            if reasons:
+                close(here, run_id, reasons)
+                return Completed(name="BelowMinimum", message=f"{dataset} v{version.version}: {'; '.join(reasons)}")
+            model = register_model(here, run_id, version, trained, judged, validation, config)
+    announce(model, version)
+    return Completed(message=f"{model.name} v{model.version} from {dataset} v{version.version}", data=model)
+
+
+def below_minimum(validation: "Evaluation", config: TrainConfig) -> tuple[str, ...]:
+    """Why the model must not be registered, each reason with its numbers; empty when it may."""
+    found = (
+        ("accuracy", validation.figures.accuracy, config.minimum_accuracy),
+        ("balanced accuracy", validation.figures.balanced_accuracy, config.minimum_balanced_accuracy),
+    )
+    return tuple(
+        f"validation {name} {value:.4f} is below the minimum {least:.4f}"
+        for name, value, least in found
+        if value < least
+    )
+
+
+@contextmanager
+def mlflow_run(here: Settings, version: "DatasetVersion", config: TrainConfig) -> Iterator[str]:
+    """An MLflow run linked with this flow run both ways; failed when what is done inside fails."""
+    from tasks.registry import run_page
+    from tasks.tracking import close_run, open_run
+
+    uri, flow_run_id = here.mlflow_tracking_uri, str(flow_run.get_id())
+    page = f"{here.prefect_ui_url.rstrip('/')}/runs/flow-run/{flow_run_id}"
+    run_id = open_run(uri, version, config, flow_run_id, page)
+    create_link_artifact(link=run_page(uri, run_id), link_text="MLflow run", key=f"mlflow-{_key(version.name)}")
+    try:
+        yield run_id
+    except BaseException:  # cancellation too: no run may stay open for ever
+        close_run(uri, run_id, "FAILED")
+        raise
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def find_version(store: Store, dataset: str, version: int | None) -> "DatasetVersion":
+    """The dataset version to train on. Raises LookupError saying what exists."""
+    from tasks.dataset import newest_version, open_version
+
+    if version is not None:
+        return open_version(store, dataset, version)
+    newest = newest_version(store, dataset)
+    if newest is None:
+        raise LookupError(f"dataset {dataset!r} has no version yet: put a batch under incoming/{dataset}/ first")
+    return newest
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def registered_earlier(here: Settings, dataset: str) -> "TrainedModel | None":
+    """What an earlier attempt of this very flow run registered: a run that is started again makes no second version."""
+    from tasks.registry import registered_by
+
+    return registered_by(here.mlflow_tracking_uri, dataset, str(flow_run.get_id()))
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False, task_run_name="load {split}")
+def load(store: Store, version: "DatasetVersion", split: str, config: TrainConfig) -> "Samples":
+    """A split, decoded once at the size the network sees."""
+    from tasks.dataset import read_rows
+    from tasks.samples import read_samples
+
+    rows = read_rows(store, version, [split], ["image", "label", "sha256"])
+    return read_samples(rows, version.splits.get(split, 0), version.classes, config.image_size)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def fit(
+    here: Settings,
+    run_id: str,
+    version: "DatasetVersion",
+    training: "Samples",
+    validation: "Samples",
+    config: TrainConfig,
+) -> "Trained":
+    """The training loop; every epoch goes to MLflow and to the log."""
+    from tasks.registry import load_weights
+    from tasks.tracking import log_epoch
+    from tasks.training import Epoch, train
+
+    def report(epoch: Epoch) -> None:
+        log_epoch(here.mlflow_tracking_uri, run_id, epoch)
+        log.info(
+            "epoch %d: loss %.4f, validation loss %.4f, accuracy %.4f, %.0f s",
+            *(epoch.number, epoch.train_loss, epoch.validation_loss, epoch.validation.accuracy, epoch.seconds),
+        )
+
+    weights = None
+    if config.continue_from is not None:
+        weights = load_weights(
+            here.mlflow_tracking_uri, version.name, config.continue_from, config.architecture, version.classes
+        )
+    return train(training, validation, version.classes, config, report, weights)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def judge(trained: "Trained", validation: "Samples", version: "DatasetVersion", config: TrainConfig) -> Judged:
+    """The operating threshold, chosen on the validation split, and that split's evaluation under it."""
+    from tasks.decision import DecisionRule, score
+    from tasks.evaluation import choose_threshold, evaluate
+    from tasks.training import predict
+
+    outputs = predict(trained.network, validation.images)
+    rule = DecisionRule(version.classes)
+    if config.defect_labels:
+        half = DecisionRule(version.classes, config.defect_labels, 0.5)
+        scores, is_defect = score(outputs["probabilities"], half), half.defect_mask[validation.labels]
+        threshold = choose_threshold(scores, is_defect, config.threshold)
+        rule = DecisionRule(version.classes, config.defect_labels, threshold)
+    return Judged(rule, evaluate(outputs["probabilities"], validation.labels, rule), outputs)
+
+
+def final_test(
+    store: Store, version: "DatasetVersion", trained: "Trained", judged: Judged, config: TrainConfig
+) -> "Evaluation | None":
+    """The one look at the test split, after weights and threshold are final; None when the version has none."""
+    from tasks.evaluation import evaluate
+    from tasks.training import predict
+
+    if not version.splits.get("test"):
+        log.warning("%s v%d has no test split: promotion will lack evidence", version.name, version.version)
+        return None
+    test = load(store, version, "test", config)
+    return evaluate(predict(trained.network, test.images)["probabilities"], test.labels, judged.rule)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
+def publish_report(
+    here: Settings,
+    run_id: str,
+    version: "DatasetVersion",
+    trained: "Trained",
+    judged: Judged,
+    test: "Evaluation | None",
+    reasons: tuple[str, ...],
+    config: TrainConfig,
+) -> None:
+    """The figures to MLflow, the page with table and curves to the Prefect UI."""
+    from tasks.tracking import log_outcome
+    from tasks.training_report import outcome, page, picture, summary_metrics
+
+    png = picture(trained.epochs, trained.best_epoch, judged.validation)
+    log_outcome(
+        here.mlflow_tracking_uri,
+        run_id,
+        summary_metrics(trained, judged.validation, test),
+        outcome(trained, judged.validation, test, reasons),
+        png,
+    )
+    title = f"{version.name} on dataset version {version.version}"
+    create_markdown_artifact(
+        page(title, config, trained, judged.validation, test, reasons, png),
+        key=f"training-{_key(version.name)}",
+        description=f"{title}: validation accuracy {judged.validation.figures.accuracy:.4f}",
+    )
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def close(here: Settings, run_id: str, reasons: tuple[str, ...]) -> None:
+    """End the MLflow run of a model that is not registered, with the reasons."""
+    from tasks.tracking import close_run
+
+    close_run(here.mlflow_tracking_uri, run_id, "FINISHED", reasons)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
+def register_model(
+    here: Settings,
+    run_id: str,
+    version: "DatasetVersion",
+    trained: "Trained",
+    judged: Judged,
+    validation: "Samples",
+    config: TrainConfig,
+) -> "TrainedModel":
+    """Weights, card and drift reference into the run, then the version; a repetition finds it made."""
+    import pyarrow as pa
+
+    from tasks.dataset import SCHEMA, read_rows
+    from tasks.images import CURRENT
+    from tasks.model import normalisation
+    from tasks.passport import commit
+    from tasks.registry import ModelCard, Reference, register
+
+    mean, std = normalisation(config.architecture)
+    card = ModelCard(
+        architecture=config.architecture,
+        image_size=config.image_size,
+        preprocessing=CURRENT,
+        mean=mean,
+        std=std,
+        rule=judged.rule,
+        dataset=version.name,
+        dataset_version=version.version,
+        dataset_digest=version.digest,
+        commit=commit(),
+        seed=config.seed,
+    )
+    columns = [name for name in SCHEMA.names if name != "image"]
+    rows = pa.Table.from_batches(list(read_rows(here.store, version, ["val"], columns)))
+    reference = Reference(
+        embedding=judged.outputs["embedding"],
+        probabilities=judged.outputs["probabilities"],
+        labels=validation.labels,
+        sha256=validation.sha256,
+        statistics=rows,
+    )
+    found = judged.validation.figures
+    tags = {
+        "recipe": f"train/{version.name}",
+        "quality": f"validation accuracy {found.accuracy:.4f}, balanced {found.balanced_accuracy:.4f}",
+    }
+    return register(here.mlflow_tracking_uri, run_id, card, trained.network.classifier.state_dict(), reference, tags)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def announce(model: "TrainedModel", version: "DatasetVersion") -> None:
+    """The event that starts promotion; sent again it is the same event."""
+    from tasks.events import emit
+
+    payload: dict[str, Any] = {
+        "model": model.name,
+        "version": model.version,
+        "dataset": version.name,
+        "dataset_version": version.version,
+    }
+    emit("tirewatch.model.registered", f"tirewatch.model.{model.name}", payload)
+
+
+def _key(name: str) -> str:
+    """Artifact keys take lower-case letters, digits and dashes."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
