@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -69,10 +69,13 @@ class Content:
     version: str | None
 
 
+_HOPELESS: Final = (ValueError, TypeError, LookupError, FileNotFoundError)
+
+
 def is_network_fault(_task: Any, _run: Any, state: Any) -> bool:
     """Retry condition of a task: bad data and wrong arguments fail at once, everything else may pass the next time."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, Exception) and not isinstance(error, (ValueError, TypeError, LookupError))
+    return isinstance(error, Exception) and not isinstance(error, _HOPELESS)
 
 
 # For every task that touches the network: `@task(**NETWORK_RETRY)`.
@@ -122,7 +125,7 @@ def exists(store: Store, key: str) -> bool:
     """Whether there is an object of exactly this key."""
     try:
         obstore.head(_client(store), key)
-    except NotFoundError:
+    except FileNotFoundError:  # what obstore makes of a 404
         return False
     return True
 
@@ -136,7 +139,7 @@ def read_version(store: Store, key: str) -> Content:
     """The object's bytes with their S3 version id. Raises FileNotFoundError."""
     try:
         answer = obstore.get(_client(store), key)
-    except NotFoundError:
+    except FileNotFoundError:  # what obstore makes of a 404
         raise FileNotFoundError(f"{store.uri(key)} does not exist") from None
     return Content(bytes(answer.bytes()), answer.meta.get("version"))
 
