@@ -20,7 +20,7 @@ from rich.table import Table
 
 from deploy import local, photographs
 from deploy.photographs import Photographs
-from deploy.stack import Stack
+from deploy.stack import SOURCE, Stack, StackError
 from deploy.watch import RunFailed, wait_for_run
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def run_demo(state: Path, data: str | None = None, defect: Sequence[str] = (), s
         _tell(story, stack, pictures, tuple(defect))
         _close(story, stack)
         return 0
-    except (Refused, RunFailed, TimeoutError, ValueError, local.StackError) as error:
+    except (Refused, RunFailed, TimeoutError, ValueError, StackError) as error:
         story.console.print(f"[red]✗[/red] {error}")
         return 1
     finally:
@@ -114,7 +114,7 @@ def _tell(story: Story, stack: Stack, pictures: Photographs, defect: tuple[str, 
 
     ingested = _follow(story, f"ingest/{recipe}", sealed, {"prefix": prefix})
     assert ingested.start_time is not None
-    story.report["upload_to_run_seconds"] = round((ingested.start_time - sealed).total_seconds(), 2)
+    story.report["upload_to_run_seconds"] = round(ingested.start_time.timestamp() - sealed.timestamp(), 2)
     story.say(f"the upload's event started it after {story.report['upload_to_run_seconds']:.1f} s")
     dataset = _dataset(story, here.store, recipe)
 
@@ -132,13 +132,15 @@ def _tell(story: Story, stack: Stack, pictures: Photographs, defect: tuple[str, 
 
 
 def _deploy_recipe(story: Story, pictures: Photographs, defect: tuple[str, ...]) -> None:
-    from deploy.recipes import deploy_recipe
+    """The deployments of the recipe `tire` under another name, for these classes."""
+    from deploy.recipes import deploy_all, for_recipe, read_prefect_yaml
 
     unknown = sorted(set(defect) - set(pictures.classes))
     if unknown:
         raise ValueError(f"DEFECT={','.join(unknown)} is no class folder; there are {', '.join(pictures.classes)}")
     with story.step(f"deployments for the recipe {pictures.recipe}"):
-        deploy_recipe(pictures.recipe, defect)
+        parsed = read_prefect_yaml(SOURCE / "prefect.yaml")
+        deploy_all(for_recipe(parsed, pictures.recipe, template="tire", config={"defect_labels": list(defect)}))
 
 
 def _follow(story: Story, deployment: str, since: datetime, parameters: dict[str, Any]) -> "FlowRun":
@@ -167,7 +169,8 @@ def _epoch(run: "FlowRun") -> str:
 
 
 def _progress(metrics: dict[str, float]) -> str:
-    return " ".join(f"{name} {value:.3f}" for name, value in sorted(metrics.items()) if name.startswith("val_"))[:100]
+    shown = ("val/Loss", "val/Accuracy", "val/Recall")
+    return "  ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)
 
 
 def _dataset(story: Story, store: Any, recipe: str) -> "DatasetVersion":

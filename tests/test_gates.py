@@ -16,7 +16,14 @@ LIMITS = Limits(min_accuracy=0.9, max_escape_rate=0.05, max_overkill_rate=0.1, m
 def evidence(truth, served, offline=None, rungs=(SAME,), test_rung=SAME, p99_ms=20.0, champion=None):
     served = np.array(served)
     return Evidence(
-        RULE, np.array(truth), served, served if offline is None else np.array(offline), rungs, test_rung, p99_ms, champion
+        RULE,
+        np.array(truth),
+        served,
+        served if offline is None else np.array(offline),
+        rungs,
+        test_rung,
+        p99_ms,
+        champion,
     )
 
 
@@ -34,7 +41,8 @@ def test_a_perfect_candidate_with_enough_evidence_is_promoted():
 
 
 @pytest.mark.parametrize(
-    ("misses", "defects", "bound"), [(0, 20, 0.1391), (0, 60, 0.0487), (0, 59, 0.0495), (1, 100, 0.0466), (3, 1000, 0.0077)]
+    ("misses", "defects", "bound"),
+    [(0, 20, 0.1391), (0, 60, 0.0487), (0, 59, 0.0495), (1, 100, 0.0466), (3, 1000, 0.0077)],
 )
 def test_the_escape_bound_is_the_exact_binomial_one(misses, defects, bound):
     assert upper_bound(misses, defects) == pytest.approx(bound, abs=5e-5)
@@ -86,7 +94,9 @@ def test_one_decision_that_differs_from_offline_blocks():
 
 def test_a_flip_on_a_golden_image_blocks_and_names_the_rung():
     onnx = Rung("PyTorch -> ONNX", 64, 0.3, 0.01, 1)
-    assert failed(decide_promotion(evidence(PERFECT, PERFECT, rungs=(onnx, SAME)), LIMITS)) == {"parity PyTorch -> ONNX"}
+    assert failed(decide_promotion(evidence(PERFECT, PERFECT, rungs=(onnx, SAME)), LIMITS)) == {
+        "parity PyTorch -> ONNX"
+    }
 
 
 def test_parity_without_golden_images_proves_nothing():
@@ -109,7 +119,9 @@ def test_a_candidate_that_loses_significantly_against_the_champion_is_refused():
 
 def test_an_equal_candidate_is_refused_unless_the_recipe_only_asks_for_no_worse():
     champion = np.array(PERFECT)
-    assert failed(decide_promotion(evidence(PERFECT, PERFECT, champion=champion), LIMITS)) == {"better than the champion"}
+    assert failed(decide_promotion(evidence(PERFECT, PERFECT, champion=champion), LIMITS)) == {
+        "better than the champion"
+    }
     relaxed = LIMITS.model_copy(update={"must_beat_champion": False})
     assert decide_promotion(evidence(PERFECT, PERFECT, champion=champion), relaxed).promote
 
