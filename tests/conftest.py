@@ -5,13 +5,16 @@ import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 os.environ |= {"DO_NOT_TRACK": "1", "PREFECT_LOGGING_TO_API_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = (
+    "false"  # its session row meets the other start-up writes: "database is locked"
+)
 
 from deploy import services
 from tasks.storage import Store
@@ -26,6 +29,23 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the photographs are not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Callable[..., bytes]:
+    """`photograph(seed, size=32, kind="JPEG")`: an encoded picture of its own for every seed, the same in every run."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    def encoded(seed: int, size: int = 32, kind: str = "JPEG") -> bytes:
+        coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(coarse).resize((size, size), Image.Resampling.BILINEAR).save(out, kind)
+        return out.getvalue()
+
+    return encoded
 
 
 @dataclass
