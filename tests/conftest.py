@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 os.environ |= {"DO_NOT_TRACK": "1", "PREFECT_LOGGING_TO_API_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = (
-    "false"  # its session row meets the other start-up writes: "database is locked"
-)
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"  # its row meets other start-up writes: "database is locked"
 
 from deploy import services
 from tasks.storage import Store
