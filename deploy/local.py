@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +37,7 @@ from deploy.stack import (
     services_of,
     triton_python,
 )
-from deploy.supervisor import Supervisor, start
+from deploy.supervisor import ProgramState, Supervisor, start
 
 READY_WITHIN: Final = 180.0  # seconds for a service to answer: a slow disk and a first start together
 Report = Callable[[str, float, str], None]  # (service, seconds, url), once for each service that became ready
@@ -196,7 +196,8 @@ def _wait_until_usable(stack: Stack, supervisor: Supervisor, programs: list[Serv
     try:
         while waiting or registering is not None:
             seconds = time.monotonic() - started
-            for name in [name for name, service in waiting.items() if _is_ready(service, supervisor)]:
+            states = supervisor.programs()
+            for name in [name for name, service in waiting.items() if _is_ready(service, states)]:
                 if name == "s3":
                     _ensure_bucket(stack)
                 report(name, seconds, waiting.pop(name).url)
@@ -204,27 +205,26 @@ def _wait_until_usable(stack: Stack, supervisor: Supervisor, programs: list[Serv
                 _check_registration(stack, registering.returncode)
                 registering = None
                 report("deployments", seconds, f"{stack.prefect_url}/deployments")
-            _raise_for_failures(stack, supervisor, waiting, seconds)
-            time.sleep(0.15)
+            _raise_for_failures(stack, states, waiting, seconds)
+            time.sleep(0.3)  # two cores are busy starting everything: asking more often makes it slower
     finally:
         if registering is not None:
             registering.kill()
             registering.wait()
 
 
-def _is_ready(service: Service, supervisor: Supervisor) -> bool:
-    if service.ready_url:
-        return answers(service.ready_url)
-    program = supervisor.programs().get(service.name)
-    return program is not None and program.state == "RUNNING"
+def _is_ready(service: Service, states: Mapping[str, ProgramState]) -> bool:
+    running = service.name in states and states[service.name].state == "RUNNING"
+    return running and (not service.ready_url or answers(service.ready_url))
 
 
-def _raise_for_failures(stack: Stack, supervisor: Supervisor, waiting: Collection[str], seconds: float) -> None:
-    programs = supervisor.programs()
+def _raise_for_failures(
+    stack: Stack, states: Mapping[str, ProgramState], waiting: Collection[str], seconds: float
+) -> None:
     falls = journal.restarts(journal.entries(stack.state))
     failing = [name for name in waiting if falls[name] >= 2]  # once may be a port that was just given back
     late = list(waiting) if seconds > READY_WITHIN else []
-    if not programs:
+    if not states:
         raise StackError(f"supervisord ended: read {stack.log('supervisord')}")
     for name in failing or late:
         lines = stack.log(name).read_text(errors="replace").splitlines()[-12:] if stack.log(name).exists() else []

@@ -88,6 +88,12 @@ def start(service: services.Service, log: Path, timeout: float = 60) -> Running:
 
 
 @pytest.fixture(scope="session")
+def start_service() -> Callable[..., Running]:
+    """`start`, for tests of a service of their own; they stop what they started."""
+    return start
+
+
+@pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A real S3 (SeaweedFS) with one empty bucket."""
     import boto3

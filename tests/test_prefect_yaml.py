@@ -1,0 +1,115 @@
+"""prefect.yaml as data: what it names exists, and what it passes is accepted."""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.recipes import flow_of, for_recipe, read_prefect_yaml
+
+FILE = Path(__file__).parents[1] / "prefect.yaml"
+PARSED = read_prefect_yaml(FILE)
+DEPLOYMENTS: list[dict[str, Any]] = PARSED["deployments"]
+RECIPES = ("tire", "solar_cells", "digits")
+# Event -> kind of resource and payload, as docs/architecture.md lists them.
+EVENTS = {
+    "tirewatch.batch.sealed": ("dataset", {"dataset", "batch", "prefix"}),
+    "tirewatch.dataset.version.created": ("dataset", {"dataset", "version", "digest"}),
+    "tirewatch.model.registered": ("model", {"model", "version", "dataset", "dataset_version"}),
+}
+STARTED_BY = {
+    "ingest": "tirewatch.batch.sealed",
+    "train": "tirewatch.dataset.version.created",
+    "promote": "tirewatch.model.registered",
+}
+
+
+def name_of(deployment: dict[str, Any]) -> str:
+    return f"{flow_of(deployment)}/{deployment['name']}"
+
+
+def flow_behind(deployment: dict[str, Any]) -> Any:
+    module, _, function = deployment["entrypoint"].rpartition(".")
+    return getattr(importlib.import_module(module), function)
+
+
+def test_every_recipe_has_the_three_deployments() -> None:
+    assert sorted(map(name_of, DEPLOYMENTS)) == sorted(
+        f"{flow}/{recipe}" for flow in ("ingest", "train", "promote") for recipe in RECIPES
+    )
+
+
+def test_the_events_are_the_ones_that_the_architecture_lists() -> None:
+    text = (FILE.parent / "docs" / "architecture.md").read_text()
+    for event, (kind, payload) in EVENTS.items():
+        [row] = [line for line in text.splitlines() if line.startswith(f"| `{event}`")]
+        assert f"`tirewatch.{kind}.<" in row
+        assert set(re.findall(r"`(\w+)`", row.split("|")[3])) == payload
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=name_of)
+def test_a_deployment_is_started_by_the_event_of_its_own_recipe(deployment: dict[str, Any]) -> None:
+    [trigger] = deployment["triggers"]
+    [event] = trigger["expect"]
+    assert event == STARTED_BY[flow_of(deployment)]
+    kind, payload = EVENTS[event]
+    assert trigger["match"] == {"prefect.resource.id": f"tirewatch.{kind}.{deployment['name']}"}
+    used = {match for value in trigger["parameters"].values() for match in re.findall(r"event\.payload\.(\w+)", value)}
+    assert used <= payload
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=name_of)
+def test_parameters_are_accepted_by_the_flow(deployment: dict[str, Any]) -> None:
+    flow = flow_behind(deployment)
+    from_event = {"prefix": "incoming/x/y/", "dataset": "x", "model": "x", "dataset_version": 3, "version": 3}
+    [trigger] = deployment["triggers"]
+    triggered = {name: from_event[name] for name in trigger["parameters"]}
+    flow.validate_parameters({**deployment["parameters"], **triggered})
+    with pytest.raises(Exception, match="epocs"):
+        flow.validate_parameters({**deployment["parameters"], **triggered, "epocs": 3})
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=name_of)
+def test_the_parameter_form_is_described_and_bounded(deployment: dict[str, Any]) -> None:
+    from prefect.utilities.callables import parameter_schema
+
+    schema = parameter_schema(flow_behind(deployment)).model_dump_for_openapi()
+    for name, parameter in schema["properties"].items():
+        assert parameter.get("description") or "$ref" in str(parameter), f"{name} has no description"
+    for definition in schema.get("definitions", {}).values():
+        for name, field in definition.get("properties", {}).items():
+            assert field.get("description") or "$ref" in str(field), f"{name} has no description"
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=name_of)
+def test_a_deployment_runs_one_at_a_time_in_the_right_pool(deployment: dict[str, Any]) -> None:
+    assert deployment["work_pool"]["name"] == ("gpu" if flow_of(deployment) == "train" else "cpu")
+    assert deployment["concurrency_limit"]["limit"] == 1
+    assert deployment["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
+    assert deployment["enforce_parameter_schema"] is True
+    assert deployment["name"] in deployment["tags"]
+
+
+def test_a_new_recipe_is_the_template_under_another_name() -> None:
+    made = for_recipe(PARSED, "photographs", config={"defect_labels": ["worn"]})
+    assert sorted(map(name_of, made["deployments"])) == [
+        "ingest/photographs",
+        "promote/photographs",
+        "train/photographs",
+    ]
+    assert "solar_cells" not in str(made["deployments"])
+    [train] = [found for found in made["deployments"] if flow_of(found) == "train"]
+    [original] = [found for found in DEPLOYMENTS if name_of(found) == "train/solar_cells"]
+    assert train["parameters"]["dataset"] == "photographs"
+    assert train["parameters"]["config"] == {**original["parameters"].get("config", {}), "defect_labels": ["worn"]}
+    assert train["triggers"][0]["match"] == {"prefect.resource.id": "tirewatch.dataset.photographs"}
+    assert "photographs" not in str(PARSED)
+    for deployment in made["deployments"]:
+        test_parameters_are_accepted_by_the_flow(deployment)
+
+
+def test_an_unknown_template_is_named_with_the_known_ones() -> None:
+    with pytest.raises(LookupError, match=r"'cars'.*digits, solar_cells, tire"):
+        for_recipe(PARSED, "x", template="cars")
