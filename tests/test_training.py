@@ -1,0 +1,250 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.decision import DecisionRule
+from tasks.evaluation import evaluate
+from tasks.recipe import Augmentation, TrainConfig
+from tasks.samples import Samples
+from tasks.training import EarlyStopping, augment, learning_rate_factor, predict, train
+
+STILL = Augmentation(flip_horizontal=False, brightness=0, contrast=0)
+QUICK = TrainConfig(
+    architecture="cnn",
+    pretrained=False,
+    image_size=16,
+    epochs=2,
+    batch_size=16,
+    learning_rate=3e-3,
+    augmentation=STILL,
+    precision="float32",
+)
+CLASSES = ("dark", "light")
+
+
+def samples(count: int, seed: int = 0, classes: int = 2) -> Samples:
+    """Noise around a grey that the class sets."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    level = 80 + 80 * labels / max(classes - 1, 1)
+    images = random.normal(level[:, None, None, None], 30, (count, 16, 16, 3)).clip(0, 255).astype(np.uint8)
+    return Samples(images, labels.astype(np.int64), np.array([f"{seed}-{n}" for n in range(count)]))
+
+
+@pytest.fixture(scope="module")
+def digits() -> list[Samples]:
+    """scikit-learn's 1,797 scans at 32 pixels: train, validation, test."""
+    import cv2
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    grey = [cv2.resize((scan * 15).astype(np.uint8), (32, 32), interpolation=cv2.INTER_CUBIC) for scan in scans.images]
+    images = np.repeat(np.stack(grey)[..., None], 3, axis=3)
+    order = np.random.default_rng(0).permutation(len(images))
+    parts = np.split(order, [1257, 1527])
+    return [Samples(images[p], scans.target[p].astype(np.int64), p.astype(str)) for p in parts]
+
+
+def test_a_network_learns_the_digits(digits):
+    training, validation, test = digits
+    names = tuple(str(n) for n in range(10))
+    config = QUICK.model_copy(
+        update={
+            "image_size": 32,
+            "epochs": 6,
+            "batch_size": 64,
+            "augmentation": Augmentation(flip_horizontal=False, shift=0.05),
+        }
+    )
+    trained = train(training, validation, names, config)
+    found = evaluate(predict(trained.network, test.images)["probabilities"], test.labels, DecisionRule(names))
+    assert found.figures.accuracy >= 0.97, found.figures
+    assert trained.epochs[-1].train_loss < 0.5 * trained.epochs[0].train_loss
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    config = QUICK.model_copy(update={"augmentation": Augmentation(quarter_turns=True, shift=0.1)})
+    first, again, other = (
+        train(samples(48), samples(24, 1), CLASSES, config.model_copy(update={"seed": seed})).network.state_dict()
+        for seed in (7, 7, 8)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["classifier.head.weight"], other["classifier.head.weight"])
+
+
+def test_training_leaves_the_global_random_state_and_threads_alone():
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(samples(32), samples(16, 1), CLASSES, QUICK)
+    assert torch.equal(before, torch.get_rng_state()) and torch.get_num_threads() == threads
+
+
+def test_the_returned_weights_are_those_of_the_lowest_validation_loss():
+    # A rate this high makes the loss jump about; the returned network must be the best epoch's, not the last one's.
+    config = QUICK.model_copy(update={"epochs": 6, "learning_rate": 0.3, "schedule": "constant", "patience": 100})
+    validation = samples(60, 1)
+    trained = train(samples(64), validation, CLASSES, config)
+    losses = [epoch.validation_loss for epoch in trained.epochs]
+    assert trained.best_epoch == 1 + int(np.argmin(losses))
+    probabilities = predict(trained.network, validation.images)["probabilities"]
+    found = -np.log(probabilities[np.arange(60), validation.labels].clip(1e-30)).mean()
+    assert found == pytest.approx(min(losses), rel=1e-3)
+
+
+def test_best_loss_never_rises_and_patience_counts_epochs_without_a_clear_gain():
+    watch = EarlyStopping(patience=2, min_delta=0.1)
+    trace = [(1.0, 0.5), (1.2, 0.9), (0.95, 0.6), (0.94, 0.99)]
+    best, kept, reasons = [], [], []
+    for loss, accuracy in trace:
+        kept.append(watch.is_best(loss))
+        best.append(watch.best_loss)
+        reasons.append(watch.reason(loss, accuracy))
+    assert best == [1.0, 1.0, 0.95, 0.94] and kept == [True, False, True, True]
+    assert reasons[:2] == [None, None] and reasons[2] == "no better validation loss for 2 epochs"
+
+
+def test_training_stops_when_both_asked_qualities_are_reached():
+    watch = EarlyStopping(patience=9, min_delta=0, stop_at_accuracy=0.9, stop_at_loss=0.3)
+    for loss, accuracy, stops in ((0.2, 0.8, False), (0.5, 0.95, False), (0.3, 0.9, True)):
+        watch.is_best(loss)
+        assert bool(watch.reason(loss, accuracy)) is stops
+
+
+def test_a_long_run_stops_at_quality_instead_of_using_its_epochs():
+    config = QUICK.model_copy(update={"epochs": 50, "stop_at_accuracy": 0.95})
+    trained = train(samples(160), samples(40, 1), CLASSES, config)
+    assert len(trained.epochs) < 50 and trained.stopped.startswith("quality reached: accuracy")
+
+
+def test_a_time_budget_drops_epochs_and_still_ends_the_schedule():
+    config = QUICK.model_copy(update={"epochs": 500, "max_minutes": 2 / 60, "patience": 100})
+    trained = train(samples(64), samples(32, 1), CLASSES, config)
+    assert 1 <= len(trained.epochs) < 500 and "time" in trained.stopped
+    assert trained.seconds < 6
+    assert trained.epochs[-1].learning_rate < 0.3 * config.learning_rate
+
+
+def test_every_epoch_is_reported_as_it_ends():
+    seen = []
+    trained = train(samples(32), samples(16, 1), CLASSES, QUICK, seen.append)
+    assert tuple(seen) == trained.epochs and [epoch.number for epoch in seen] == [1, 2]
+
+
+def test_given_weights_are_where_training_starts():
+    first = train(samples(160), samples(40, 1), CLASSES, QUICK.model_copy(update={"epochs": 6}))
+    weights = first.network.classifier.state_dict()
+    config = QUICK.model_copy(update={"epochs": 1, "learning_rate": 1e-6})
+    onward = train(samples(160), samples(40, 1), CLASSES, config, weights=weights)
+    fresh = train(samples(160), samples(40, 1), CLASSES, config)
+    assert onward.epochs[0].train_loss < 0.5 * fresh.epochs[0].train_loss
+
+
+def test_frozen_stages_do_not_move_and_the_rest_does():
+    first = train(samples(32), samples(16, 1), CLASSES, QUICK)
+    weights = {name: value.clone() for name, value in first.network.classifier.state_dict().items()}
+    config = QUICK.model_copy(update={"frozen_stages": 2})
+    after = train(samples(32), samples(16, 1), CLASSES, config, weights=weights).network.classifier.state_dict()
+    frozen = [name for name in weights if name.startswith(("stages.0.", "stages.1."))]
+    assert frozen and all(torch.equal(weights[name], after[name]) for name in frozen)
+    assert not torch.equal(weights["stages.2.0.weight"], after["stages.2.0.weight"])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
+def test_every_precision_trains(precision):
+    config = QUICK.model_copy(update={"precision": precision, "epochs": 8})
+    trained = train(samples(160), samples(40, 1), CLASSES, config)
+    assert trained.precision in ("float32", "bfloat16") and precision in ("auto", trained.precision)
+    assert trained.epochs[-1].validation.accuracy >= 0.9
+
+
+def test_timing_the_precisions_changes_nothing_but_the_speed():
+    plain = QUICK.model_copy(update={"epochs": 25, "patience": 100})
+    timed = train(samples(32), samples(16, 1), CLASSES, plain.model_copy(update={"precision": "auto"}))
+    named = train(samples(32), samples(16, 1), CLASSES, plain.model_copy(update={"precision": timed.precision}))
+    assert [e.train_loss for e in timed.epochs] == [e.train_loss for e in named.epochs]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_every_optimizer_lowers_the_loss(optimizer):
+    config = QUICK.model_copy(update={"optimizer": optimizer, "epochs": 5, "learning_rate": 1e-2})
+    epochs = train(samples(160), samples(40, 1), CLASSES, config).epochs
+    assert epochs[-1].train_loss < epochs[0].train_loss
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "classes", "message"),
+    [
+        (samples(3), samples(4, 1), CLASSES, "3 photographs, fewer than one batch of 16"),
+        (samples(20, classes=1), samples(4, 1), CLASSES, r"no photograph of \['light'\]"),
+        (samples(20, classes=1), samples(4, 1, 1), ("dark",), "at least two"),
+        (samples(20), samples(0, 1), CLASSES, "validation split is empty"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_refused_before_any_work(training, validation, classes, message):
+    with pytest.raises(ValueError, match=message):
+        train(training, validation, classes, QUICK)
+
+
+def test_a_defect_label_that_no_class_carries_is_refused():
+    with pytest.raises(ValueError, match=r"defect_labels \['worn'\] are not among the classes"):
+        train(samples(20), samples(8, 1), CLASSES, QUICK.model_copy(update={"defect_labels": ("worn",)}))
+
+
+def test_a_loss_that_explodes_names_the_learning_rate():
+    config = QUICK.model_copy(update={"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "epochs": 30})
+    hot = samples(64)
+    weights = train(hot, samples(16, 1), CLASSES, QUICK).network.classifier.state_dict()
+    weights["head.weight"] = torch.full_like(weights["head.weight"], float("inf"))
+    with pytest.raises(RuntimeError, match="lower learning_rate 1"):
+        train(hot, samples(16, 1), CLASSES, config, weights=weights)
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "constant"])
+def test_schedules_stay_within_the_peak_and_one_cycle_rises_first(schedule):
+    factors = [learning_rate_factor(schedule, p) for p in np.linspace(0, 1, 101)]
+    assert max(factors) == pytest.approx(1.0) and min(factors) > 0
+    assert (factors[0] < 0.1) is (schedule == "one_cycle")
+    assert (factors[-1] < 0.01) is (schedule != "constant")
+    assert factors.index(max(factors)) == (25 if schedule == "one_cycle" else 0)
+
+
+def _varied(how: Augmentation, images: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    return augment(images, how, torch.Generator().manual_seed(seed))
+
+
+def test_turns_and_flips_only_move_pixels():
+    images = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8)
+    how = Augmentation(flip_vertical=True, quarter_turns=True, brightness=0, contrast=0)
+    varied = _varied(how, images)
+    assert torch.equal(varied.flatten(1).sort(1).values, images.float().flatten(1).sort(1).values)
+    poses = {
+        (turn, flip)
+        for image, moved in zip(images.float(), varied, strict=True)
+        for turn in range(4)
+        for flip in (False, True)
+        if torch.equal((image.flip(1) if flip else image).rot90(turn, (0, 1)), moved)
+    }
+    assert len(poses) == 8, "all eight poses of a square occur"
+
+
+def test_without_augmentation_pixels_pass_unchanged():
+    images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
+    assert torch.equal(_varied(STILL, images), images.float())
+
+
+def test_a_shift_moves_by_at_most_its_share_and_repeats_the_edge():
+    images = torch.zeros((200, 20, 20, 3), dtype=torch.uint8)
+    images[:, 10, 10] = 255
+    moved = _varied(STILL.model_copy(update={"shift": 0.1}), images)[..., 0].nonzero()
+    assert {int(d) for d in (moved[:, 1:] - 10).unique()} == {-2, -1, 0, 1, 2}
+    edge = torch.full((50, 20, 20, 3), 7, dtype=torch.uint8)
+    assert (_varied(STILL.model_copy(update={"shift": 0.2}), edge) == 7).all()
+
+
+def test_brightness_and_contrast_stay_in_range_and_vary_each_photograph_on_its_own():
+    images = torch.randint(0, 256, (32, 8, 8, 3), dtype=torch.uint8)
+    varied = _varied(STILL.model_copy(update={"brightness": 0.3, "contrast": 0.3}), images)
+    assert varied.min() >= 0 and varied.max() <= 255
+    change = (varied.mean((1, 2, 3)) - images.float().mean((1, 2, 3))).round(decimals=1)
+    assert len(change.unique()) > 20 and math.isfinite(float(change.sum()))
