@@ -25,7 +25,8 @@ from tasks.images import UnreadableImage, decode, decode_full
 def seen(path):
     try:
         data = Path(path).read_bytes()
-        return [hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in (decode_full(data), decode(data, 160), decode(data, 61))]
+        whole = (decode_full(data), decode(data, 160), decode(data, 61))
+        return [hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in whole]
     except UnreadableImage as error:
         return error.reason
 print(json.dumps({path: seen(path) for path in json.load(sys.stdin)}))

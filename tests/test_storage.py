@@ -41,7 +41,7 @@ def test_names_that_web_photographs_have_come_back_unchanged(store: Store, name:
 
 
 def test_a_missing_object_is_named(store: Store) -> None:
-    with pytest.raises(FileNotFoundError, match="s3://tirewatch/no/such.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"s3://tirewatch/no/such.jpg"):
         storage.read(store, "no/such.jpg")
     assert not storage.exists(store, "no/such.jpg")
 
@@ -120,7 +120,7 @@ def test_making_a_bucket_twice_is_harmless(versioned: Store) -> None:
 
 
 def test_wrong_keys_are_refused(store: Store) -> None:
-    with pytest.raises(Exception, match="403|Denied|SignatureDoesNotMatch"):
+    with pytest.raises(Exception, match=r"403|Denied|SignatureDoesNotMatch"):
         storage.read(replace(store, secret_access_key="wrong"), "paged/00000.jpg")
 
 
