@@ -89,7 +89,7 @@ def ingest(dataset: str, prefix: str, options: IngestOptions = IngestOptions()) 
     """
     store = settings().store
     batch = find_batch(store, dataset, prefix)
-    result = already_ingested(store, batch)
+    result = already_ingested(store, batch, options)
     if result is None:
         with (
             TemporaryDirectory(prefix="tirewatch-ingest-") as spool,
@@ -119,17 +119,12 @@ def find_batch(store: Store, dataset: str, prefix: str) -> "Batch":
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def already_ingested(store: Store, batch: "Batch") -> Ingested | None:
+def already_ingested(store: Store, batch: "Batch", options: IngestOptions) -> Ingested | None:
     """What this very batch, with this content, became in an earlier run; None where there was none."""
-    from tasks.dataset import newest_record, read_record, tag
+    from tasks.dataset import record_of_batch
 
-    newest = newest_record(store, batch.dataset)
-    before = newest.batches.get(batch.name) if newest else None
-    if before is None or before["content"] != batch.content:
-        return None
-    record = read_record(store, batch.dataset, before["version"])
-    tag(store, record)  # the earlier run may have been killed before it
-    return _ingested(batch.name, record.version, created=False, report=record.report)
+    record = record_of_batch(store, batch, options.new_classes)
+    return _ingested(batch.name, record.version, created=False, report=record.report) if record else None
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
@@ -144,10 +139,12 @@ def examine_photographs(store: Store, batch: "Batch", spool: Path) -> "Examinati
 def commit(store: Store, batch: "Batch", examination: "Examination", options: IngestOptions) -> Ingested:
     """Decides on every file, records what is quarantined and writes the next version, after whoever else writes one."""
     from tasks.checks import SplitRule, plan, refuse_if_too_bad
-    from tasks.dataset import append, known_rows, newest_record
+    from tasks.dataset import append, known_rows, newest_record, record_of_batch
 
     rule = SplitRule(options.val_share, options.test_share, options.split_seed)
     for _ in range(_COMMIT_ATTEMPTS):
+        if made := record_of_batch(store, batch, options.new_classes):  # by the try before this one
+            return _ingested(batch.name, made.version, created=True, report=made.report)
         base = newest_record(store, batch.dataset)
         known = known_rows(store, base, examination.photographs)
         planned = plan(batch, examination, known, rule, options.new_classes)

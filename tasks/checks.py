@@ -193,6 +193,7 @@ class Plan:
     rows: tuple[tuple[Photograph, str], ...]
     findings: tuple[Finding, ...]
     carved: tuple[str, ...]
+    new_classes: bool = False
 
     @property
     def quarantined(self) -> tuple[Finding, ...]:
@@ -211,7 +212,7 @@ def plan(batch: Batch, examination: Examination, known: Known, split: SplitRule,
     carved = _carved(kept, known)
     rows = sorted(_assigned(kept, known, split, carved, batch.dataset), key=lambda row: row[0].sha256)
     findings += _small_classes(rows, known)
-    return Plan(tuple(rows), tuple(findings), carved)
+    return Plan(tuple(rows), tuple(findings), carved, new_classes)
 
 
 def refuse_if_too_bad(batch: Batch, found: Plan, max_share: float) -> None:

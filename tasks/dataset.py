@@ -70,7 +70,7 @@ class DatasetVersion:
 class Record:
     """What is written down about a version beside its rows.
 
-    batches: batch name -> {"content": digest of its layout, "version": the version it became}.
+    batches: batch name -> {"content": digest of its layout, "new_classes": allowed or not, "version": what it became}.
     report: what the run that made the version said about it. writer: tells two runs apart that write the same record.
     """
 
@@ -224,7 +224,7 @@ def append(
         version=_version_of(store, batch.dataset, number, index),
         lance_version=lance_version,
         carved=planned.carved,
-        batches={**earlier, batch.name: {"content": batch.content, "version": number}},
+        batches={**earlier, batch.name: {**_identity(batch, planned.new_classes), "version": number}},
         report=dict(report),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -232,6 +232,22 @@ def append(
     if not write_if_absent(store, _record_key(batch.dataset, number), told):
         return None
     tag(store, record)
+    return record
+
+
+def _identity(batch: Batch, new_classes: bool) -> dict[str, Any]:
+    """What must be equal for a second run of the batch to have nothing to do."""
+    return {"content": batch.content, "new_classes": new_classes}
+
+
+def record_of_batch(store: Store, batch: Batch, new_classes: bool) -> Record | None:
+    """The record of the version that this batch, with this content, became in an earlier run; None where there was none."""
+    newest = newest_record(store, batch.dataset)
+    before = newest.batches.get(batch.name) if newest else None
+    if before is None or before != {**_identity(batch, new_classes), "version": before["version"]}:
+        return None
+    record = read_record(store, batch.dataset, before["version"])
+    tag(store, record)  # the earlier run may have been killed before it
     return record
 
 

@@ -34,7 +34,7 @@ def upload(store: Store, name: str, batch: str, photographs: dict[str, bytes]) -
 def take_in(store: Store, name: str, prefix: str, spool: Path, options: IngestOptions | None = None) -> Ingested:
     """The steps of the flow without a Prefect run around them."""
     batch = ingest.find_batch.fn(store, name, prefix)
-    before = ingest.already_ingested.fn(store, batch)
+    before = ingest.already_ingested.fn(store, batch, options or IngestOptions())
     if before is not None:
         return before
     spool.mkdir(parents=True, exist_ok=True)
@@ -148,6 +148,35 @@ def test_a_batch_of_known_photographs_only_makes_no_version(store: Store, photog
     first = take_in(store, "known", upload(store, "known", "b1", sent), tmp_path / "1")
     second = take_in(store, "known", upload(store, "known", "copy", sent), tmp_path / "2")
     assert (second.created, second.version, second.new_rows) == (False, first.version, 0)
+
+
+def test_a_class_that_is_allowed_later_comes_in_with_a_second_run(
+    store: Store, photograph: Made, tmp_path: Path
+) -> None:
+    take_in(store, "classes", upload(store, "classes", "b1", pictures(photograph, 0)), tmp_path / "1")
+    prefix = upload(store, "classes", "b2", {**pictures(photograph, 50), "odd/1.jpg": photograph(99)})
+    assert take_in(store, "classes", prefix, tmp_path / "2").counts["unknown_class"] == 1
+    allowed = take_in(store, "classes", prefix, tmp_path / "3", IngestOptions(new_classes=True))
+    assert (allowed.version.version, allowed.new_rows, allowed.version.classes) == (3, 1, ("bad", "good", "odd"))
+    assert not take_in(store, "classes", prefix, tmp_path / "4").created
+
+
+def test_a_commit_that_is_tried_again_after_its_version_was_revealed_reports_that_version(
+    store: Store, photograph: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = upload(store, "retried", "b1", pictures(photograph, 0))
+
+    def lost(*_: object) -> None:
+        raise ConnectionResetError("after the record, before the tag")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dataset, "tag", lost)
+        with pytest.raises(ConnectionResetError):
+            take_in(store, "retried", prefix, tmp_path / "1")
+    batch = ingest.find_batch.fn(store, "retried", prefix)
+    with ingest.examine_photographs.fn(store, batch, tmp_path) as examination:
+        again = ingest.commit.fn(store, batch, examination, IngestOptions())
+    assert (again.created, again.version.version, again.new_rows) == (True, 1, 12)
 
 
 def test_a_refused_batch_leaves_no_trace(store: Store, photograph: Made, tmp_path: Path) -> None:

@@ -124,6 +124,14 @@ def test_wrong_keys_are_refused(store: Store) -> None:
         storage.read(replace(store, secret_access_key="wrong"), "paged/00000.jpg")
 
 
+def test_without_keys_of_its_own_a_store_uses_the_usual_aws_ones(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write(store, "chain/a", b"1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", store.access_key_id or "")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", store.secret_access_key or "")
+    bare = replace(store, access_key_id=None, secret_access_key=None)
+    assert [found.key for found in storage.list_objects(bare, "chain")] == ["chain/a"]
+
+
 def test_the_secret_is_not_printed(store: Store) -> None:
     assert store.secret_access_key
     assert store.secret_access_key not in repr(store)
