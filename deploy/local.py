@@ -222,7 +222,9 @@ def _raise_for_failures(
     stack: Stack, states: Mapping[str, ProgramState], waiting: Collection[str], seconds: float
 ) -> None:
     falls = journal.restarts(journal.entries(stack.state))
-    failing = [name for name in waiting if falls[name] >= 2]  # once may be a port that was just given back
+    given_up = {name for name, program in states.items() if program.state == "FATAL"}
+    # A single fall may be a port that was just given back.
+    failing = [name for name in waiting if falls[name] >= 2 or name in given_up]
     late = list(waiting) if seconds > READY_WITHIN else []
     if not states:
         raise StackError(f"supervisord ended: read {stack.log('supervisord')}")

@@ -40,7 +40,7 @@ def configuration(stack: Stack, programs: Iterable[Service]) -> str:
                 "logfile_backups": 2,
                 "pidfile": stack.state / "supervisord.pid",
                 "childlogdir": stack.state / "logs",
-                "directory": SOURCE,
+                "directory": stack.state,
                 "umask": "077",
                 "identifier": f"tirewatch-{stack.id}",
             },
@@ -74,7 +74,7 @@ def _program(stack: Stack, service: Service) -> dict[str, object]:
         "stopasgroup": group,
         "killasgroup": group,
         "redirect_stderr": "true",
-        "stdout_logfile": stack.log(service.name),
+        "stdout_logfile": _log(stack, service.name),
         "stdout_logfile_maxbytes": "10MB",
         "stdout_logfile_backups": 2,
     }
@@ -89,10 +89,17 @@ def _journal(stack: Stack) -> dict[str, object]:
         "buffer_size": 200,
         "autorestart": "true",
         "stdout_logfile": "NONE",  # the protocol with supervisor
-        "stderr_logfile": stack.log("journal"),
+        "stderr_logfile": _log(stack, "journal"),
         "stderr_logfile_maxbytes": "1MB",
         "stderr_logfile_backups": 1,
     }
+
+
+def _log(stack: Stack, name: str) -> str:
+    """Relative to the state folder, where supervisord is started: it expands this value twice, so that no escaped percent
+    sign in the path of the folder would survive.
+    """
+    return str(stack.log(name).relative_to(stack.state))
 
 
 def _escape(value: object) -> str:
