@@ -150,7 +150,7 @@ def triton(source: Path, python: Path, root: Path, ports: Iterable[int], admin_k
             *("--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)),
             *("--admin-key-file", str(admin_key_file)),
         ),
-        ready_url=f"http://127.0.0.1:{http}/v2/models/selfcheck/ready",
+        ready_url=f"http://127.0.0.1:{http}/v2/models/selfcheck/versions/2/ready",
         url=f"http://127.0.0.1:{http}",
         directory=root,
     )

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Completed, State
+from prefect.states import Completed
 
 from flows.settings import Settings, settings
 from tasks.events import emit
@@ -110,20 +111,20 @@ def sealed_version(candidate: "TrainedModel", card: "ModelCard") -> "SealedVersi
 def prove(here: Settings, candidate: "TrainedModel", card: "ModelCard", staged: Path, limits: Limits) -> "Proof":
     """The parity ladder, the served test split in a scratch server, and the champion on the same photographs."""
     from tasks.dataset import open_version
-    from tasks.proof import gather
+    from tasks.model_repository import version_directory
+    from tasks.proof import Bench, gather
     from tasks.registry import load_network
 
     table = read_routing(here.serving_root, candidate.name)
+    route = table.champion if table else None
+    champion = version_directory(here.serving_root, route.network, route.version) if route else None
     return gather(
-        store=here.store,
-        dataset=open_version(here.store, card.dataset, card.dataset_version),
-        network=load_network(here.mlflow_tracking_uri, candidate.name, candidate.version),
-        staged=staged,
-        champion=table.champion if table else None,
-        serving_root=here.serving_root,
-        serving_python=here.triton_python,
-        accelerator=here.cpu_accelerator,
-        concurrency=limits.evaluation_concurrency,
+        here.store,
+        open_version(here.store, card.dataset, card.dataset_version),
+        load_network(here.mlflow_tracking_uri, candidate.name, candidate.version),
+        staged,
+        champion,
+        Bench(here.serving_root, here.triton_python, here.cpu_accelerator, limits.evaluation_concurrency),
     )
 
 

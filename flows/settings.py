@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tasks.serving import TritonAddress
 from tasks.storage import Store
 
 
@@ -47,6 +48,11 @@ class Settings(BaseSettings):
             secret_access_key=self.s3_secret_access_key.get_secret_value() if self.s3_secret_access_key else None,
             region=self.s3_region,
         )
+
+    @property
+    def triton(self) -> TritonAddress:
+        key = self.triton_admin_key.get_secret_value() if self.triton_admin_key else None
+        return TritonAddress(self.triton_http, self.triton_grpc, key)
 
 
 @cache

@@ -70,7 +70,9 @@ class _OpenVinoNetwork:
         _check_outputs(outputs, self._outputs)
         self._request.infer([images], share_inputs=True)
         # Copied: the request's own memory is overwritten by the next call.
-        return {name: np.array(self._request.get_tensor(self._outputs[name]).data, dtype=np.float32) for name in outputs}
+        return {
+            name: np.array(self._request.get_tensor(self._outputs[name]).data, dtype=np.float32) for name in outputs
+        }
 
 
 class _OnnxRuntimeNetwork:

@@ -43,13 +43,20 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1 or self.instances < 1:
-            raise ValueError(f"{self.name}: max_batch_size {self.max_batch_size} and instances {self.instances} start at 1")
+            raise ValueError(
+                f"{self.name}: max_batch_size {self.max_batch_size} and instances {self.instances} start at 1"
+            )
         if any(version < 1 for version in self.versions):
             raise ValueError(f"{self.name}: versions {self.versions} start at 1")
 
 
 def network_config(
-    network: str, image_size: int, versions: tuple[int, ...], accelerator: Accelerator, threads: int, max_batch_size: int = 8
+    network: str,
+    image_size: int,
+    versions: tuple[int, ...],
+    accelerator: Accelerator,
+    threads: int,
+    max_batch_size: int = 8,
 ) -> ModelConfig:
     """The configuration of a network model `<model>_onnx_<size>`.
 
@@ -85,7 +92,9 @@ def config_text(config: ModelConfig) -> str:
     blocks += [_parameter(key, value) for key, value in sorted(config.parameters.items())]
     if config.cpu_accelerator:
         name = _quoted(config.cpu_accelerator)
-        blocks.append(f"optimization {{ execution_accelerators {{ cpu_execution_accelerator [ {{ name: {name} }} ] }} }}")
+        blocks.append(
+            f"optimization {{ execution_accelerators {{ cpu_execution_accelerator [ {{ name: {name} }} ] }} }}"
+        )
     return "\n".join(blocks) + "\n"
 
 

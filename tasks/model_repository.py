@@ -72,7 +72,9 @@ def publish_version(root: Path, staged: Path, runtime: Runtime | None = None) ->
     else:
         staged.rename(target)
         sync_directory(target.parent)
-    list_versions(root, sealed.network, {*listed_versions(root, sealed.network), sealed.version}, sealed.image_size, runtime)
+    list_versions(
+        root, sealed.network, {*listed_versions(root, sealed.network), sealed.version}, sealed.image_size, runtime
+    )
     return sealed
 
 
@@ -178,14 +180,15 @@ def front_doors(root: Path) -> list[str]:
     return sorted(path.parents[1].name for path in repository(root).glob("*/1/model.py"))
 
 
-def copy_version(source: Path, root: Path, as_version: SealedVersion | None = None) -> SealedVersion:
+def copy_version(source: Path, root: Path, runtime: Runtime | None = None) -> SealedVersion:
     """Stage and publish a copy of a sealed directory in another serving root."""
     sealed = read_sealed(source)
-    target = replace(as_version or sealed, files={})
-    return publish_version(root, stage_version(root, source / NETWORK_FILE, target))
+    return publish_version(root, stage_version(root, source / NETWORK_FILE, replace(sealed, files={})), runtime)
 
 
 def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} cannot name a Triton model: use small letters, digits and _, beginning with a letter")
+        raise ValueError(
+            f"{name!r} cannot name a Triton model: use small letters, digits and _, beginning with a letter"
+        )
     return name

@@ -2,22 +2,31 @@
 champion on the same photographs. Measures; `gates` judges.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks.dataset import DatasetVersion, read_rows
 from tasks.decision import DecisionRule, decide
+from tasks.gates import Evidence, accuracy
 from tasks.images import decode
+from tasks.inference import Accelerator, open_network
+from tasks.model_repository import NETWORK_FILE
+from tasks.parity import compare, golden_indices
+from tasks.sealed import SealedVersion, read_sealed
+from tasks.serving import ScratchServer, ServedEvaluation, TritonAddress, evaluate_served, infer_network
 from tasks.storage import Store
 
 if TYPE_CHECKING:
     from tasks.model import ImageNetwork
 
+GOLDEN_POOL: Final = 2000  # validation images among which the golden ones are looked for
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
@@ -93,6 +102,112 @@ def in_label_order(decisions: NDArray[np.int64], theirs: DecisionRule, ours: Dec
     return translated
 
 
-def decisions_of(probabilities: NDArray[Any], rule: DecisionRule, answered: Iterable[bool]) -> NDArray[np.int64]:
-    """[N] label indices, -1 where the server gave no answer."""
-    return np.where(np.fromiter(answered, dtype=bool, count=len(probabilities)), decide(probabilities, rule), -1)
+@dataclass(frozen=True)
+class Golden:
+    """Images that must come out the same on every rung: pixels uint8 [G, S, S, 3] and the sealed artifact's own
+    probabilities float32 [G, C] for them.
+    """
+
+    pixels: NDArray[np.uint8]
+    probabilities: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The evidence the gates judge, the golden images for the check after the load, and the figures people read."""
+
+    evidence: Evidence
+    golden: Golden
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a candidate is proven: Python of the serving environment, CPU runtime, requests in flight."""
+
+    serving_root: Path
+    serving_python: Path
+    accelerator: Accelerator
+    concurrency: int
+
+
+def gather(
+    store: Store, dataset: DatasetVersion, network: "ImageNetwork", staged: Path, champion: Path | None, bench: Bench
+) -> Proof:
+    """Everything the gates ask for, about the sealed directory `staged`; `champion` is the sealed directory in force."""
+    sealed = read_sealed(staged)
+    validation, test = photographs(store, dataset, "val", GOLDEN_POOL), photographs(store, dataset, "test")
+    rungs = (torch_run(network), artifact_run(staged, bench.accelerator))
+    on_validation = run_all(rungs, validation.encoded, sealed.image_size, sealed.preprocessing)
+    on_test = run_all(rungs, test.encoded, sealed.image_size, sealed.preprocessing)
+    chosen = golden_indices(on_validation[0], validation.labels, sealed.rule).tolist()
+    golden = [validation.encoded[index] for index in chosen]
+    with ScratchServer(bench.serving_python, staged, bench.serving_root, bench.accelerator) as server:
+        golden_answers = evaluate_served(server.address, sealed.model, golden, sealed, bench.concurrency)
+        served = evaluate_served(server.address, sealed.model, test.encoded, sealed, bench.concurrency)
+    evidence = Evidence(
+        rule=sealed.rule,
+        truth=truth_of(test.labels, sealed.rule),
+        served=served.decisions,
+        offline=decide(on_test[1], sealed.rule),
+        rungs=(
+            compare("PyTorch -> ONNX", on_validation[0][chosen], on_validation[1][chosen], sealed.rule),
+            compare("ONNX -> served", on_validation[1][chosen], golden_answers.probabilities, sealed.rule),
+        ),
+        test_rung=compare("PyTorch -> ONNX", on_test[0], on_test[1], sealed.rule),
+        p99_ms=served.p99_ms,
+        champion=None if champion is None else champion_decisions(champion, test, sealed.rule, bench.accelerator),
+    )
+    pixels = np.concatenate(list(_decoded(golden, sealed.image_size, sealed.preprocessing)))
+    return Proof(evidence, Golden(pixels, on_validation[1][chosen]), figures_of(evidence, served))
+
+
+def artifact_run(directory: Path, accelerator: Accelerator) -> Run:
+    """The sealed network in the server's own runtime, in process."""
+    network = open_network(directory / NETWORK_FILE, accelerator, threads=os.cpu_count() or 1)
+    return lambda pixels: network(pixels)["probabilities"]
+
+
+def champion_decisions(
+    directory: Path, test: Photographs, ours: DecisionRule, accelerator: Accelerator
+) -> NDArray[np.int64]:
+    """What the version in force decides on the same photographs, in our label order. Its rows never changed split, so
+    it was not trained on any of them.
+    """
+    sealed = read_sealed(directory)
+    (probabilities,) = run_all(
+        [artifact_run(directory, accelerator)], test.encoded, sealed.image_size, sealed.preprocessing
+    )
+    return in_label_order(decide(probabilities, sealed.rule), sealed.rule, ours)
+
+
+def figures_of(evidence: Evidence, served: ServedEvaluation) -> dict[str, float]:
+    """The figures of the served evaluation, under the names they have in MLflow."""
+    figures = {
+        "served_accuracy": accuracy(evidence.served, evidence.truth),
+        "served_images": float(len(evidence.truth)),
+        "served_p50_ms": served.p50_ms,
+        "served_p95_ms": served.p95_ms,
+        "served_p99_ms": served.p99_ms,
+        "served_images_per_second": served.throughput,
+        "served_differs_from_offline": float((evidence.served != evidence.offline).sum()),
+    }
+    if evidence.champion is not None:
+        figures["champion_accuracy"] = accuracy(evidence.champion, evidence.truth)
+    return figures
+
+
+def check_golden(address: TritonAddress, sealed: SealedVersion, golden: Golden, batch: int = 8) -> None:
+    """Ask exactly this version of the network model for the golden images. Raises RuntimeError when a decision differs
+    from the sealed artifact's: the server then runs something else than what was proven.
+    """
+    parts = [
+        infer_network(address, sealed.network, sealed.version, golden.pixels[start : start + batch])
+        for start in range(0, len(golden.pixels), batch)
+    ]
+    rung = compare("sealed -> live", golden.probabilities, np.concatenate(parts), sealed.rule)
+    if rung.flips:
+        raise RuntimeError(
+            f"{sealed.network} version {sealed.version} on the live server decides {rung.flips} of {rung.images} golden "
+            f"images differently (probabilities differ by up to {rung.largest_difference:.2e}): it is not routed to"
+        )

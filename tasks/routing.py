@@ -74,7 +74,9 @@ def read_routing(root: Path, model: str) -> RoutingTable | None:
         routes = {name: _route(body.pop(name)) for name in ("champion", "previous", "challenger")}
         table = RoutingTable(**body, **routes)  # type: ignore[arg-type]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no routing table ({error}): write it again with the promote or rollback flow") from None
+        raise ValueError(
+            f"{path} is no routing table ({error}): write it again with the promote or rollback flow"
+        ) from None
     if table.model != model:
         raise ValueError(f"{path} routes {table.model!r}, not {model!r}: a table carries the name of its model")
     return table

@@ -103,7 +103,9 @@ def read_sealed(directory: Path, verify_files: bool = True) -> SealedVersion:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InvalidVersion(f"{directory} has no {SEAL}: it was never sealed, so it is not served; remove it") from None
+        raise InvalidVersion(
+            f"{directory} has no {SEAL}: it was never sealed, so it is not served; remove it"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InvalidVersion(f"{path} is damaged ({error}): publish the version again") from None
     if not isinstance(body, dict) or body.pop("seal", None) != _digest(body):
@@ -120,7 +122,9 @@ def _verify_files(directory: Path, version: SealedVersion) -> None:
     present = {path.name for path in directory.iterdir() if path.name != SEAL}
     if present != set(version.files):
         odd = sorted(present ^ set(version.files))
-        raise InvalidVersion(f"{directory}: files {odd} are not as sealed (missing or added): publish the version again")
+        raise InvalidVersion(
+            f"{directory}: files {odd} are not as sealed (missing or added): publish the version again"
+        )
     for name, expected in version.files.items():
         found = file_digest(directory / name)
         if found != expected:

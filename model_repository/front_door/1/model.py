@@ -1,0 +1,280 @@
+"""The front door of a public model: decode, route, ask the routed version, decide, say where the answer comes from.
+
+The file is installed under the public name (`tire`); everything it knows about versions it reads from the serving root:
+`routing/<model>.json` says which version answers, that version's `version.json` how to decode for it and how to decide.
+"""
+
+import json
+import os
+import time
+import uuid
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from monitoring.capture import CaptureRecord, Spool
+from tasks.decision import decide, score
+from tasks.images import UnreadableImage, decode, self_check
+from tasks.routing import Route, RoutingTable, read_routing, routing_file
+from tasks.sealed import SealedVersion, read_sealed
+
+PARAMETERS = ("request_id", "tire_id", "line")
+
+
+class Refused(Exception):
+    """This request gets no answer. `code` is the status the client sees."""
+
+    def __init__(self, message, code=pb_utils.TritonError.INVALID_ARG):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Door:
+    """One version as it stands behind the door. answers: ready-made BYTES tensors content, one a label."""
+
+    route: Route
+    version: SealedVersion
+    lineage: np.ndarray
+    answers: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Doors:
+    """The routing table in force, with the versions it routes to."""
+
+    table: RoutingTable
+    champion: Door
+    challenger: Door | None
+
+    def door_for(self, key: str) -> Door:
+        """The champion, or the challenger for its share of keys; the same key always gets the same one."""
+        if self.challenger and zlib.crc32(key.encode()) < self.table.share * 2**32:
+            return self.challenger
+        return self.champion
+
+
+@dataclass
+class Job:
+    """One request on its way through."""
+
+    request: object
+    request_id: str = ""
+    parameters: dict = field(default_factory=dict)
+    image: object = None  # encoded bytes, or pixels
+    pixels: np.ndarray | None = None
+    door: Door | None = None
+    captured: bool = False
+    response: object = None
+
+
+class Routing:
+    """Reads the routing table when its file has changed: one `stat` a batch, and a whole table or the former one."""
+
+    def __init__(self, root: Path, model: str) -> None:
+        self._root, self._model = root, model
+        self._path = routing_file(root, model)
+        self._stamp = self._complained = None
+        self._doors: Doors | None = None
+
+    def current(self) -> Doors:
+        stamp = _stamp(self._path)
+        if stamp != self._stamp:
+            try:
+                self._doors = self._open(read_routing(self._root, self._model))
+                self._stamp = stamp
+            except (ValueError, RuntimeError, OSError) as error:
+                self._refuse_table(stamp, error)
+        if self._doors is None:
+            message = f"no version of {self._model} is in production yet: run the promote flow"
+            raise Refused(message, pb_utils.TritonError.UNAVAILABLE)
+        return self._doors
+
+    def _open(self, table: RoutingTable | None) -> Doors | None:
+        if table is None:
+            return None
+        challenger = table.challenger if table.share > 0 else None
+        doors = Doors(
+            table,
+            self._door(table.champion, "champion"),
+            self._door(challenger, "challenger") if challenger else None,
+        )
+        pb_utils.Logger.log_info(f"{self._model}: {doors.table}")
+        return doors
+
+    def _door(self, route: Route, routed: str) -> Door:
+        directory = self._root / "model_repository" / route.network / str(route.version)
+        version = read_sealed(directory, verify_files=False)  # the backend verified the files when it loaded them
+        self_check(version.preprocessing)
+        return Door(
+            route,
+            version,
+            _text(json.dumps(version.lineage() | {"routed": routed})),
+            tuple(_text(label) for label in version.rule.labels),
+        )
+
+    def _refuse_table(self, stamp: object, error: Exception) -> None:
+        """Go on with the former table, and say so once; without a former one there is nothing to answer with."""
+        if stamp != self._complained:
+            pb_utils.Logger.log_error(f"{self._model}: the new routing is refused, the former one stays: {error}")
+            self._complained = stamp
+        if self._doors is None:
+            raise Refused(f"{self._model} cannot be served: {error}", pb_utils.TritonError.UNAVAILABLE)
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict) -> None:
+        cv2.setNumThreads(1)  # one instance a core already
+        parameters = json.loads(args["model_config"])["parameters"]
+        root = Path(args["model_repository"]).resolve().parents[1]
+        self._model = args["model_name"]
+        self._routing = Routing(root, self._model)
+        self._spool = Spool(
+            root / "spool" / self._model,
+            share=float(parameters["capture_share"]["string_value"]),
+            max_bytes=int(parameters["spool_bytes"]["string_value"]),
+        )
+
+    def execute(self, requests: list) -> list:
+        jobs = [Job(request) for request in requests]
+        try:
+            doors = self._routing.current()
+        except Refused as refusal:
+            return [_refused(refusal) for _ in jobs]
+        for job in jobs:
+            try:
+                self._admit(job, doors)
+            except Refused as refusal:
+                job.response = _refused(refusal)
+        for door in {id(job.door): job.door for job in jobs if job.response is None}.values():
+            self._answer(door, [job for job in jobs if job.response is None and job.door is door])
+        return [job.response for job in jobs]
+
+    def finalize(self) -> None:
+        self._spool.close()
+
+    def _admit(self, job: Job, doors: Doors) -> None:
+        """Read the request, choose its version and decode for it. Raises Refused."""
+        if job.request.is_cancelled():
+            raise Refused("the request was cancelled", pb_utils.TritonError.CANCELLED)
+        job.parameters = _parameters(job.request)
+        job.request_id = str(job.parameters.get("request_id") or job.request.request_id() or uuid.uuid4().hex)
+        job.door = doors.door_for(str(job.parameters.get("tire_id") or job.request_id))
+        job.image, job.pixels = _pixels(job.request, job.door.version)
+        job.captured = self._spool.wants_one()
+
+    def _answer(self, door: Door, jobs: list) -> None:
+        """One call of the routed version for all jobs; each job gets its own response."""
+        try:
+            outputs = _ask(door.route, np.stack([job.pixels for job in jobs]), any(job.captured for job in jobs))
+        except Refused as refusal:
+            for job in jobs:
+                job.response = _refused(refusal)
+            return
+        probabilities = outputs["probabilities"]
+        scores, labels = score(probabilities, door.version.rule), decide(probabilities, door.version.rule)
+        for row, job in enumerate(jobs):
+            if not np.isfinite(probabilities[row]).all():  # NaN compares as "below the threshold": a defect would escape
+                message = f"{door.route.network} version {door.route.version} gave no number for this image"
+                job.response = _refused(Refused(message, pb_utils.TritonError.INTERNAL))
+                continue
+            job.response = _response(job, door, probabilities[row], scores[row], labels[row])
+            if job.captured:
+                self._capture(job, door, probabilities[row], outputs["embedding"][row], scores[row], labels[row])
+
+    def _capture(self, job: Job, door: Door, probabilities, embedding, job_score, label) -> None:
+        self._spool.offer(
+            CaptureRecord(
+                request_id=job.request_id,
+                captured_at=time.time(),
+                model=self._model,
+                version=door.version.version,
+                label=door.version.rule.labels[label],
+                score=float(job_score),
+                image=job.image,
+                probabilities=probabilities.copy(),
+                embedding=embedding.copy(),
+                tire_id=str(job.parameters.get("tire_id", "")),
+                line=str(job.parameters.get("line", "")),
+                dropped=self._spool.dropped,
+            )
+        )
+
+
+def _parameters(request: object) -> dict:
+    text = request.parameters()
+    parameters = json.loads(text) if text and text != "{}" else {}
+    unknown = sorted(set(parameters) - set(PARAMETERS))
+    if unknown:
+        raise Refused(f"unknown request parameter {unknown[0]!r}: this model takes {', '.join(PARAMETERS)}")
+    return parameters
+
+
+def _pixels(request: object, version: SealedVersion) -> tuple:
+    """(what to capture, what the network sees) of the request's one input."""
+    encoded = pb_utils.get_input_tensor_by_name(request, "image")
+    decoded = pb_utils.get_input_tensor_by_name(request, "pixels")
+    if (encoded is None) == (decoded is None):
+        raise Refused("send either `image` (an encoded photograph) or `pixels` (decoded), one of them")
+    given = (encoded or decoded).as_numpy()
+    if given.shape[0] != 1:
+        raise Refused(f"{given.shape[0]} images in one request: send one image a request, the server batches them")
+    if decoded is not None:
+        size = version.image_size
+        if given.shape[1:] != (size, size, 3):
+            raise Refused(f"pixels are {list(given.shape[1:])}, this model takes [{size}, {size}, 3]: use tasks.images.decode")
+        pixels = given[0].copy()
+        return pixels, pixels
+    image = given[0].tobytes()
+    try:
+        return image, decode(image, version.image_size, version.preprocessing)
+    except UnreadableImage as unreadable:
+        raise Refused(f"{unreadable.reason}: {unreadable}") from None
+
+
+def _ask(route: Route, images: np.ndarray, with_embedding: bool) -> dict:
+    """Call that version of the network model; always pinned, so "the newest" never decides anything."""
+    names = ["probabilities", "embedding"] if with_embedding else ["probabilities"]
+    call = pb_utils.InferenceRequest(
+        model_name=route.network,
+        model_version=route.version,
+        requested_output_names=names,
+        inputs=[pb_utils.Tensor("image", images)],
+    )
+    response = call.exec()
+    if response.has_error():
+        message = f"{route.network} version {route.version} did not answer: {response.error().message()}"
+        raise Refused(message, pb_utils.TritonError.UNAVAILABLE)
+    return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names}
+
+
+def _response(job: Job, door: Door, probabilities, job_score, label):
+    values = {
+        "label": door.answers[label],
+        "probabilities": probabilities[None],
+        "score": np.array([[job_score]], dtype=np.float32),
+        "model_version": np.array([[door.version.version]], dtype=np.int64),
+        "lineage": door.lineage,
+    }
+    wanted = set(job.request.requested_output_names())
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in values.items() if name in wanted])
+
+
+def _refused(refusal: Refused):
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(refusal), refusal.code))
+
+
+def _text(text: str) -> np.ndarray:
+    return np.array([[text.encode()]], dtype=np.object_)
+
+
+def _stamp(path: Path) -> tuple | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size

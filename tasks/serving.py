@@ -1,0 +1,337 @@
+"""The client side of Triton: load and check versions, ask the front door, evaluate under load, run a scratch server."""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.inference import Accelerator
+from tasks.model_repository import FrontDoor, Runtime, copy_version, install_front_door
+from tasks.routing import Route, RoutingTable, write_routing
+from tasks.sealed import SealedVersion
+
+Protocol = Literal["grpc", "http"]
+ADMIN_HEADER: Final = "tirewatch-admin"
+LOAD_WITHIN: Final = 300.0  # seconds; a load compiles the network once for every batch size
+ANSWER_WITHIN: Final = 30.0
+LAUNCHER: Final = Path(__file__).parents[1] / "triton" / "launch.py"
+
+log = logging.getLogger(__name__)
+
+
+class NotServed(RuntimeError):
+    """The server refused, failed or did not answer; the message says what was asked and what it said."""
+
+
+@dataclass(frozen=True)
+class TritonAddress:
+    """Where a server listens (host:port), and the key of its restricted APIs."""
+
+    http: str
+    grpc: str
+    admin_key: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of the front door. probabilities float32 [C]."""
+
+    label: str
+    score: float
+    probabilities: NDArray[np.float32]
+    model_version: int
+    lineage: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ServedEvaluation:
+    """N photographs through the front door. decisions [N]: label index, -1 without an answer; probabilities [N, C], NaN
+    there; errors: index -> what the server said. Latencies in milliseconds, over the answered requests.
+    """
+
+    decisions: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+    errors: dict[int, str]
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    throughput: float
+
+    @property
+    def requests(self) -> int:
+        return len(self.decisions)
+
+
+def load_model(address: TritonAddress, model: str, version: int | None = None) -> None:
+    """Load what is on disk now, without unloading first: running requests finish on the old version.
+
+    With a version, that very version must be ready afterwards: Triton skips a missing one silently. Raises NotServed.
+    """
+    with _http(address) as client:
+        try:
+            client.load_model(model, headers=_admin(address))
+            ready = version is None or client.is_model_ready(model, str(version))
+        except _errors() as error:
+            raise NotServed(f"loading {model} on {address.http} failed: {error}") from error
+    if not ready:
+        raise NotServed(
+            f"{model} was loaded on {address.http}, but version {version} is not ready: read the server's log"
+        )
+
+
+def unload_model(address: TritonAddress, model: str) -> None:
+    """Take the model out of service. Raises NotServed."""
+    with _http(address) as client:
+        try:
+            client.unload_model(model, headers=_admin(address))
+        except _errors() as error:
+            raise NotServed(f"unloading {model} on {address.http} failed: {error}") from error
+
+
+def is_version_ready(address: TritonAddress, model: str, version: int | None = None) -> bool:
+    """Whether the version (any, without one) answers; False also where no server listens."""
+    with _http(address) as client:
+        try:
+            return bool(client.is_model_ready(model, "" if version is None else str(version)))
+        except _errors():
+            return False
+
+
+def infer_front_door(
+    address: TritonAddress,
+    model: str,
+    image: bytes,
+    protocol: Protocol = "grpc",
+    parameters: dict[str, str] | None = None,
+) -> Answer:
+    """Ask the public model about one encoded photograph. Raises NotServed with the server's reason."""
+    client_module = _module(protocol)
+    with _client(address, protocol) as client:
+        try:
+            result = client.infer(model, [_encoded_input(client_module, image)], parameters=parameters)
+        except _errors() as error:
+            raise NotServed(str(error)) from error
+    return answer_of(result)
+
+
+def infer_network(address: TritonAddress, network: str, version: int, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Probabilities [N, C] of exactly this version of a network model for pixels uint8 [N, S, S, 3]. Raises NotServed."""
+    import tritonclient.grpc as client_module
+
+    tensor = client_module.InferInput("image", list(pixels.shape), "UINT8")
+    tensor.set_data_from_numpy(np.ascontiguousarray(pixels))
+    wanted = [client_module.InferRequestedOutput("probabilities")]
+    with _client(address, "grpc") as client:
+        try:
+            result = client.infer(network, [tensor], model_version=str(version), outputs=wanted)
+        except _errors() as error:
+            raise NotServed(f"{network} version {version} on {address.grpc}: {error}") from error
+    probabilities: NDArray[np.float32] = result.as_numpy("probabilities")
+    return probabilities
+
+
+def answer_of(result: Any) -> Answer:
+    """The front door's outputs as one value."""
+    return Answer(
+        label=result.as_numpy("label").ravel()[0].decode(),
+        score=float(result.as_numpy("score").ravel()[0]),
+        probabilities=result.as_numpy("probabilities").ravel(),
+        model_version=int(result.as_numpy("model_version").ravel()[0]),
+        lineage=json.loads(result.as_numpy("lineage").ravel()[0]),
+    )
+
+
+def evaluate_served(
+    address: TritonAddress, model: str, images: Sequence[bytes], version: SealedVersion, concurrency: int = 4
+) -> ServedEvaluation:
+    """All encoded images through the front door over gRPC, `concurrency` in flight; decisions in the version's labels.
+
+    An image the server refuses is an entry in `errors`; an answer from another version than the given one too.
+    """
+    if not images:
+        raise ValueError(f"no images to evaluate {model} with")
+    return asyncio.run(_evaluate(address, model, images, version, concurrency))
+
+
+async def _evaluate(
+    address: TritonAddress, model: str, images: Sequence[bytes], version: SealedVersion, concurrency: int
+) -> ServedEvaluation:
+    import tritonclient.grpc.aio as client_module
+
+    probabilities = np.full((len(images), len(version.rule.labels)), np.nan, dtype=np.float32)
+    labels = {label: index for index, label in enumerate(version.rule.labels)}
+    decisions = np.full(len(images), -1, dtype=np.int64)
+    errors: dict[int, str] = {}
+    seconds: list[float] = []
+    waiting = iter(range(len(images)))
+
+    async def ask(client: Any, index: int) -> None:
+        started = time.perf_counter()
+        try:
+            result = await client.infer(
+                model, [_encoded_input(client_module, images[index])], client_timeout=ANSWER_WITHIN
+            )
+        except _errors() as error:
+            errors[index] = str(error)
+            return
+        seconds.append(time.perf_counter() - started)
+        answer = answer_of(result)
+        if answer.model_version != version.version:
+            errors[index] = f"version {answer.model_version} answered instead of {version.version}"
+            return
+        probabilities[index], decisions[index] = answer.probabilities, labels[answer.label]
+
+    async def lane(client: Any) -> None:
+        for index in waiting:  # shared: each lane takes the next image there is
+            await ask(client, index)
+
+    client = client_module.InferenceServerClient(address.grpc)
+    try:
+        began = time.perf_counter()
+        await asyncio.gather(*(lane(client) for _ in range(concurrency)))
+        elapsed = time.perf_counter() - began
+    finally:
+        await client.close()
+    p50, p95, p99 = np.percentile(np.array(seconds) * 1000, [50, 95, 99]) if seconds else (float("inf"),) * 3
+    return ServedEvaluation(
+        decisions, probabilities, errors, float(p50), float(p95), float(p99), len(seconds) / elapsed
+    )
+
+
+class ScratchServer:
+    """A server of its own for one sealed version: same launch line, same front door, own root and ports.
+
+    It stands beside the live serving root, on the same file system, and is gone with the `with` block.
+    """
+
+    def __init__(self, python: Path, version: Path, beside: Path, accelerator: Accelerator = "openvino") -> None:
+        self._python = python
+        self._version = version
+        self._beside = beside
+        self._accelerator = accelerator
+        self._process: subprocess.Popen[bytes] | None = None
+        self.root = Path()
+        self.address = TritonAddress("", "")
+
+    def __enter__(self) -> "ScratchServer":
+        self._beside.mkdir(parents=True, exist_ok=True)
+        self.root = Path(tempfile.mkdtemp(prefix="scratch-", dir=self._beside)).resolve()
+        try:
+            sealed = copy_version(self._version, self.root, Runtime(accelerator=self._accelerator))
+            install_front_door(self.root, sealed.model, FrontDoor(capture_share=0.0))
+            write_routing(self.root, RoutingTable(sealed.model, Route(sealed.network, sealed.version)))
+            self._start()
+            self._wait(sealed.model)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: tuple[type[BaseException], BaseException, TracebackType]) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        http, grpc, metrics = _free_ports(3)
+        self.address = TritonAddress(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+        line = [str(self._python), str(LAUNCHER), "--root", str(self.root)]
+        for name, port in (("http", http), ("grpc", grpc), ("metrics", metrics)):
+            line += [f"--{name}-port", str(port)]
+        with (self.root / "server.log").open("wb") as output:
+            self._process = subprocess.Popen(line, stdout=output, stderr=output, start_new_session=True)
+
+    def _wait(self, model: str, within: float = 90.0) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + within
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if is_version_ready(self.address, "selfcheck", 2):
+                if is_version_ready(self.address, model):
+                    return
+                break
+            time.sleep(0.1)
+        raise NotServed(f"the scratch server does not serve {model}: {self.log()[-2000:]}")
+
+    def log(self) -> str:
+        """What the server has said so far."""
+        return (self.root / "server.log").read_text(errors="replace")
+
+    def close(self) -> None:
+        """End the server and remove its root."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for opened in sockets:
+            opened.bind(("127.0.0.1", 0))
+        return [int(opened.getsockname()[1]) for opened in sockets]
+    finally:
+        for opened in sockets:
+            opened.close()
+
+
+def _encoded_input(client_module: Any, image: bytes) -> Any:
+    encoded = np.frombuffer(image, dtype=np.uint8)[None]
+    tensor = client_module.InferInput("image", list(encoded.shape), "UINT8")
+    tensor.set_data_from_numpy(encoded)
+    return tensor
+
+
+def _module(protocol: Protocol) -> Any:
+    if protocol == "grpc":
+        import tritonclient.grpc as module
+    else:
+        import tritonclient.http as module
+    return module
+
+
+@contextmanager
+def _client(address: TritonAddress, protocol: Protocol) -> Iterator[Any]:
+    """Closed at the end: an idle connection would hold the server's shutdown for its whole time-out."""
+    if protocol == "grpc":
+        client = _module("grpc").InferenceServerClient(address.grpc)
+    else:
+        client = _module("http").InferenceServerClient(
+            address.http, connection_timeout=ANSWER_WITHIN, network_timeout=LOAD_WITHIN
+        )
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _http(address: TritonAddress) -> Any:
+    return _client(address, "http")
+
+
+def _admin(address: TritonAddress) -> dict[str, str]:
+    return {ADMIN_HEADER: address.admin_key} if address.admin_key else {}
+
+
+def _errors() -> tuple[type[BaseException], ...]:
+    """What a client raises when the server refuses, or is not there."""
+    from tritonclient.utils import InferenceServerException
+
+    return (InferenceServerException, OSError)

@@ -1,0 +1,324 @@
+"""Starts the embedded Triton server over one serving root, and stays its parent.
+
+    .venv-triton/bin/python triton/launch.py --root ROOT --http-port P --grpc-port P --metrics-port P --admin-key-file F
+
+Order: what is missing on this machine is said in one sentence; what a killed predecessor left is removed; the server starts
+with nothing but an echo; known bytes go through it and must come back (with numpy 2 they would not, without any error);
+only then the models that `routing/*.json` name are loaded. Version 2 of `selfcheck` is ready when everything is.
+The standard library and numpy only.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import numpy as np
+from preflight import problems, shared_library
+
+SOURCE = Path(__file__).resolve().parent
+RESTRICTED = "model-repository,model-config,shared-memory,statistics,trace,logging"
+ADMIN_HEADER = "tirewatch-admin"
+READY_WITHIN = 60.0
+LOAD_WITHIN = 300.0
+SELFCHECK = "selfcheck"
+
+
+class Refusal(RuntimeError):
+    """The server must not serve; the message is one sentence."""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, required=True)
+    for port in ("http", "grpc", "metrics"):
+        parser.add_argument(f"--{port}-port", type=int, required=True)
+    parser.add_argument("--admin-key-file", type=Path)
+    chosen = parser.parse_args()
+    try:
+        sys.exit(serve(chosen))
+    except Refusal as refusal:
+        print(f"not serving: {refusal}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def serve(chosen):
+    """Runs the server until it ends or this process is told to; its exit code."""
+    check_machine()
+    root = chosen.root.resolve()
+    prefix = shm_prefix(root)
+    clean(prefix)
+    key = chosen.admin_key_file.read_text().strip() if chosen.admin_key_file else None
+    line = command(root, chosen, prefix, key)
+    server = subprocess.Popen(line, env=environment(), preexec_fn=_die_with_parent)  # noqa: PLW1509  (one thread here)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.terminate())
+    try:
+        wait_until_live(server, chosen.http_port)
+        check_echo(chosen.http_port)
+        for model in routed_models(root):
+            if server.poll() is None:
+                load(chosen.http_port, model, key)
+        load_selfcheck_ready(root, chosen.http_port, key)
+        print("serving", flush=True)
+        return server.wait()
+    finally:
+        end(server)
+        clean(prefix)
+
+
+def check_machine():
+    """Raises Refusal for a machine or an environment that would not serve right."""
+    missing = problems()
+    if int(np.__version__.split(".")[0]) >= 2:
+        missing.append(
+            f"numpy {np.__version__} is installed and this server reads every input as garbage with numpy 2: "
+            "install triton/requirements.lock into the serving environment (make install)."
+        )
+    try:
+        distribution("nvidia-pytriton")
+    except PackageNotFoundError:
+        missing.append("nvidia-pytriton is not installed here: run `make install`.")
+    if missing:
+        raise Refusal(" ".join(missing))
+
+
+def installed():
+    """The folder of the server's files inside the nvidia-pytriton wheel."""
+    return Path(str(distribution("nvidia-pytriton").locate_file("pytriton"))) / "tritonserver"
+
+
+def command(root, chosen, prefix, key):
+    """The launch line; a scratch server has the same one."""
+    line = [
+        str(installed() / "bin" / "tritonserver"),
+        f"--model-repository={root / 'model_repository'}",
+        f"--model-repository={selfcheck_repository(root)}",
+        f"--backend-directory={backends(root)}",
+        "--model-control-mode=explicit",
+        f"--load-model={SELFCHECK}",
+        "--strict-readiness=false",  # else false during every load, and for ever after a failed one
+        "--exit-on-error=false",
+        "--exit-timeout-secs=10",  # an idle keep-alive connection would hold it for 30
+        "--model-load-thread-count=1",  # a load must not take both cores from those who are served
+        "--http-thread-count=4",
+        "--http-address=127.0.0.1",
+        "--grpc-address=127.0.0.1",
+        "--metrics-address=127.0.0.1",
+        f"--http-port={chosen.http_port}",
+        f"--grpc-port={chosen.grpc_port}",
+        f"--metrics-port={chosen.metrics_port}",
+        "--metrics-config=summary_latencies=true",
+        f"--backend-config=python,shm-region-prefix-name={prefix}",
+        "--backend-config=python,shm-default-byte-size=4194304",
+        "--backend-config=python,stub-timeout-seconds=60",
+        "--allow-gpu-metrics=false",
+    ]
+    if key:
+        # Anyone on this machine can read it in the process list: a fence, not authentication.
+        line.append(f"--http-restricted-api={RESTRICTED}:{ADMIN_HEADER}={key}")
+        line.append(f"--grpc-restricted-protocol={RESTRICTED}:{ADMIN_HEADER}={key}")
+    return line
+
+
+def environment():
+    """The stub embeds the `python3` that is first on PATH, and links the shared libpython."""
+    libraries = [
+        str(Path(str(distribution("nvidia-pytriton").locate_file("nvidia_pytriton.libs")))),
+        str(Path(shared_library()).parent),
+        os.environ.get("LD_LIBRARY_PATH", ""),
+    ]
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
+        "LD_LIBRARY_PATH": ":".join(folder for folder in libraries if folder and folder != "."),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
+def backends(root):
+    """The backend directory, assembled anew: copies, because the server refuses symlinks that lead out of it."""
+    directory = root / "backends"
+    unfinished = root / f".backends-{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    files = installed()
+    python = unfinished / "python"
+    python.mkdir(parents=True)
+    for file in (files / "backends" / "python").iterdir():
+        if file.is_file():
+            shutil.copy2(file, python / file.name)
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    stub = python / "triton_python_backend_stub"
+    shutil.copy2(files / "python_backend_stubs" / version / stub.name, stub)
+    stub.chmod(0o755)
+    shutil.copytree(SOURCE / "backends" / "onnxruntime", unfinished / "onnxruntime")
+    shutil.rmtree(directory, ignore_errors=True)
+    unfinished.rename(directory)
+    return directory
+
+
+def selfcheck_repository(root):
+    """A repository of its own for the echo, version 1 only; version 2 appears when all is loaded."""
+    directory = root / "selfcheck"
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(SOURCE / "selfcheck", directory / SELFCHECK)
+    return directory
+
+
+def load_selfcheck_ready(root, port, key):
+    model = root / "selfcheck" / SELFCHECK
+    shutil.copytree(model / "1", model / "2")
+    load(port, SELFCHECK, key)
+
+
+def shm_prefix(root):
+    """Prefix of this root's shared-memory regions; the stubs carry it in their command line."""
+    return f"tirewatch_{hashlib.sha256(str(root).encode()).hexdigest()[:12]}_"
+
+
+def clean(prefix):
+    """Ends stubs and removes regions that a killed server of the same root left behind."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(argument.startswith(prefix.encode()) for argument in arguments[1:]):
+            try:
+                os.kill(int(entry.name), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+    for region in Path("/dev/shm").glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
+
+
+def wait_until_live(server, port):
+    deadline = time.monotonic() + READY_WITHIN
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise Refusal(f"tritonserver ended with {server.returncode} at its start; its own words are above.")
+        try:
+            if request(port, "GET", f"/v2/models/{SELFCHECK}/ready")[0] == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.05)
+    raise Refusal(f"tritonserver did not answer on 127.0.0.1:{port} within {READY_WITHIN:.0f} s.")
+
+
+def known_tensors():
+    """Several types and shapes, none of them symmetric: what a wrong stride or width would change."""
+    counting = np.arange(3 * 5 * 7 * 3)
+    return {
+        "bytes": ("UINT8", (np.arange(1021) * 37 % 251).astype(np.uint8)),
+        "pixels": ("UINT8", (counting * 31 % 253).astype(np.uint8).reshape(3, 5, 7, 3)),
+        "floats": ("FP32", np.linspace(-1e3, 1e3, 391, dtype=np.float32).reshape(17, 23)),
+        "integers": ("INT64", np.array([1, -2, 3, 2**40], dtype=np.int64)),
+    }
+
+
+def check_echo(port):
+    """Raises Refusal when known tensors come back changed."""
+    for name, (kind, sent) in known_tensors().items():
+        came = echo(port, name, kind, sent)
+        if came.shape != sent.shape or not np.array_equal(came, sent):
+            raise Refusal(
+                f"known {kind} values came back changed through the Python backend ({name}: sent {sent.ravel()[:4].tolist()}, "
+                f"got {came.ravel()[:4].tolist()}): the serving environment does not fit this server, run `make install`."
+            )
+
+
+def echo(port, name, kind, sent):
+    """The tensor as the server gives it back, over the binary tensor extension of HTTP."""
+    data = sent.tobytes()
+    described = {
+        "name": name,
+        "shape": list(sent.shape),
+        "datatype": kind,
+        "parameters": {"binary_data_size": len(data)},
+    }
+    asked = {"inputs": [described], "outputs": [{"name": name, "parameters": {"binary_data": True}}]}
+    header = json.dumps(asked).encode()
+    status, answer, headers = request(
+        port,
+        "POST",
+        f"/v2/models/{SELFCHECK}/infer",
+        header + data,
+        {"Inference-Header-Content-Length": str(len(header)), "Content-Type": "application/octet-stream"},
+    )
+    if status != 200:
+        raise Refusal(f"the echo of {name} failed with HTTP {status}: {answer[:300].decode(errors='replace')}")
+    length = int(headers.get("Inference-Header-Content-Length", len(answer)))
+    output = json.loads(answer[:length])["outputs"][0]
+    return np.frombuffer(answer[length:], dtype=sent.dtype).reshape(output["shape"]) if answer[length:] else sent[:0]
+
+
+def routed_models(root):
+    """What the routing tables name: the network models first, then the front doors that need them."""
+    networks, doors = set(), []
+    for path in sorted((root / "routing").glob("*.json")):
+        try:
+            table = json.loads(path.read_text())
+            networks |= {table[role]["network"] for role in ("champion", "previous", "challenger") if table.get(role)}
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"{path} is no routing table ({error}): {path.stem} is not served", file=sys.stderr, flush=True)
+            continue
+        doors.append(path.stem)
+    return [*sorted(networks), *doors]
+
+
+def load(port, model, key):
+    """Loads one model. A model that fails is said aloud and does not keep the others from serving."""
+    headers = {ADMIN_HEADER: key} if key else {}
+    status, answer, _ = request(port, "POST", f"/v2/repository/models/{model}/load", b"{}", headers, LOAD_WITHIN)
+    if status != 200:
+        print(
+            f"{model} was not loaded (HTTP {status}): {answer[:1000].decode(errors='replace')}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def request(port, method, path, body=None, headers=None, timeout=10.0):
+    """(status, body, headers) of one HTTP request to the server. Raises OSError while nobody listens."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        return answer.status, answer.read(), answer.headers
+    except http.client.HTTPException as error:
+        raise OSError(str(error)) from error
+    finally:
+        connection.close()
+
+
+def end(server):
+    if server.poll() is None:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _die_with_parent():
+    """Linux: the server gets SIGTERM when this process is gone, however it went."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
