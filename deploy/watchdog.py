@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +24,8 @@ log: Final = logging.getLogger("watchdog")
 EVERY: Final = 5.0
 TIMEOUT: Final = 5.0
 FAILURES: Final = 3  # in a row
-LOADING: Final = 90.0  # seconds a started server may take until its first answer
+PROBES: Final = 4  # at once, so that every process of a front door gets one
+LOADING: Final = 300.0  # seconds a started server may take until its first answer
 FIRST_PAUSE: Final = 60.0  # between two restarts that did not help; doubled up to LONGEST_PAUSE
 LONGEST_PAUSE: Final = 1800.0
 
@@ -78,10 +80,11 @@ def front_doors(serving_root: Path) -> list[str]:
 def find_problem(http: str, models: list[str], image: bytes, timeout: float = TIMEOUT) -> str | None:
     """The first thing that is wrong with the server at host:port, in words; None when everything answered."""
     try:
-        with urllib.request.urlopen(f"http://{http}/v2/models/selfcheck/ready", timeout=timeout):
+        with urllib.request.urlopen(f"http://{http}/v2/models/selfcheck/versions/2/ready", timeout=timeout):
             pass
-        for model in models:
-            _infer(http, model, image, timeout)
+        with ThreadPoolExecutor(PROBES) as pool:
+            for model in models:
+                list(pool.map(lambda _, name=model: _infer(http, name, image, timeout), range(PROBES)))
     except urllib.error.HTTPError as error:
         return f"{error.url} answers {error.code}: {error.read(300).decode(errors='replace')}"
     except (OSError, ValueError, KeyError) as error:

@@ -1,5 +1,6 @@
 """The embedded stack, started for real: one for the module, and small ones beside it."""
 
+import hashlib
 import json
 import os
 import signal
@@ -17,12 +18,12 @@ import pytest
 
 from deploy import journal, local, services
 from deploy.processes import processes_of
-from deploy.stack import SERVICE_MARK, STACK_MARK, Stack, StackError, read_stack, services_of
+from deploy.stack import SERVICE_MARK, STACK_MARK, Stack, StackError, services_of
 from deploy.supervisor import Supervisor, configuration
 from flows.settings import Settings
 
 SMALL = ("prefect", "mlflow", "triton", "worker-cpu", "worker-gpu", "watchdog")  # left out: S3 and the bridge remain
-LAUNCHER = Path(__file__).parents[1] / "triton" / "launch.py"
+LEAST = (*SMALL, "s3")  # the bridge alone
 
 
 def eventually(true: Callable[[], object], within: float = 60, what: str = "") -> None:
@@ -48,6 +49,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 def health(stack: Stack) -> dict[str, bool | None]:
     return {row.name: row.state == "RUNNING" and row.healthy is not False for row in local.status(stack.state)}
+
+
+def shared_memory_prefix(stack: Stack) -> str:
+    """What the regions of this stack's server are called (triton/launch.py)."""
+    return f"tirewatch_{hashlib.sha256(str(stack.serving_root).encode()).hexdigest()[:12]}_"
 
 
 def s3_client(stack: Stack) -> Any:
@@ -185,34 +191,16 @@ def test_what_a_killed_service_left_behind_is_ended_before_it_starts_again(stack
     other.wait()
 
 
-def test_a_flow_run_outlives_the_restart_of_its_worker_and_ends_with_down(stack: Stack) -> None:
-    marks = {**os.environ, STACK_MARK: stack.id, SERVICE_MARK: "worker-cpu"}
-    run = psutil.Popen(["sleep", "600"], env=marks, start_new_session=True)
-    Supervisor(stack).restart_program("worker-cpu")
-    eventually(lambda: health(stack)["worker-cpu"], 60)
-    assert run.poll() is None
-    before = {path.name for path in Path("/dev/shm").iterdir() if stack.id in path.name}
-    leftovers = local.down(stack.state)
-    assert run.pid in leftovers
-    run.wait(5)
-    assert processes_of(stack.id) == []
-    assert not before
-    assert all(services.is_free(port) for port in stack.ports.values())
-    assert local.down(stack.state) == []
-    local.up(stack.state, silent)  # for the tests that follow, and on the same ports
-    assert read_stack(stack.state).ports == stack.ports
-
-
 def test_services_that_a_killed_supervisor_left_are_replaced(tmp_path: Path) -> None:
     state = tmp_path / ".tirewatch"
     try:
-        stack = local.up(state, silent, without=SMALL)
+        stack = local.up(state, silent, without=LEAST)
         [supervisor] = processes_of(stack.id, "supervisord")
-        left = Supervisor(stack).programs()["s3"].pid
+        left = Supervisor(stack).programs()["bridge"].pid
         supervisor.kill()
         supervisor.wait(10)
         assert psutil.pid_exists(left)
-        assert local.up(state, silent, without=SMALL).ports == stack.ports
+        assert local.up(state, silent, without=LEAST).ports == stack.ports
         eventually(lambda: not psutil.pid_exists(left), 10)
     finally:
         local.down(state)
@@ -237,14 +225,14 @@ def test_two_stacks_run_side_by_side(stack: Stack, tmp_path: Path) -> None:
 def test_a_port_held_by_somebody_else_is_named_with_its_holder(tmp_path: Path) -> None:
     state = tmp_path / ".tirewatch"
     try:
-        stack = local.up(state, silent, without=SMALL)
+        stack = local.up(state, silent, without=LEAST)
         local.down(state)
         with socket.create_server(("127.0.0.1", stack.ports["bridge"])):
             with pytest.raises(
                 StackError, match=rf"port {stack.ports['bridge']}.*bridge.*process {os.getpid()}.*--new-ports"
             ):
-                local.up(state, silent, without=SMALL)
-            moved = local.up(state, silent, without=SMALL, new_ports=True)
+                local.up(state, silent, without=LEAST)
+            moved = local.up(state, silent, without=LEAST, new_ports=True)
         assert moved.ports["bridge"] != stack.ports["bridge"]
         assert moved.id == stack.id
     finally:
@@ -256,7 +244,7 @@ def test_a_service_that_does_not_start_fails_up_with_the_end_of_its_log(tmp_path
     (state / "bridge.db").mkdir(parents=True)  # the bridge cannot open its file
     try:
         with pytest.raises(StackError, match=r"(?s)bridge does not start.*unable to open database file"):
-            local.up(state, silent, without=SMALL)
+            local.up(state, silent, without=LEAST)
     finally:
         local.down(state)
 
@@ -297,6 +285,23 @@ def test_percent_signs_and_spaces_in_the_folder_survive_the_configuration(
     [s3] = groups["s3"].process_configs
     assert Path(s3.stdout_logfile).resolve() == state / "logs" / "s3.log"
     assert str(state) in s3.command
+
+
+def test_at_last_a_flow_run_outlives_its_worker_and_down_leaves_nothing(stack: Stack) -> None:
+    marks = {**os.environ, STACK_MARK: stack.id, SERVICE_MARK: "worker-cpu"}
+    run = psutil.Popen(["sleep", "600"], env=marks, start_new_session=True)
+    Supervisor(stack).restart_program("worker-cpu")
+    eventually(lambda: health(stack)["worker-cpu"], 60)
+    assert run.poll() is None
+    triton = shared_memory_prefix(stack)
+    assert any(path.name.startswith(triton) for path in Path("/dev/shm").iterdir())
+    leftovers = local.down(stack.state)
+    assert run.pid in leftovers
+    run.wait(5)
+    assert processes_of(stack.id) == []
+    assert not any(path.name.startswith(triton) for path in Path("/dev/shm").iterdir())
+    assert all(services.is_free(port) for port in stack.ports.values())
+    assert local.down(stack.state) == []
 
 
 _SECRETS = ("s3_access_key_id", "s3_secret_access_key", "bridge_token", "triton_admin_key")
