@@ -62,7 +62,7 @@ def up(state: Path, report: Report, without: Collection[str] = (), new_ports: bo
     Raises StackError with one sentence when something is missing, a port is held by somebody else or a service fails.
     """
     check_environment(without)
-    with _alone(state):
+    with _locked(state / "lock"), _locked(_ports_lock()):
         stack = read_stack(state) if (state / "stack.json").exists() else create_stack(state)
         programs = _chosen(stack, without)
         supervisor = Supervisor(stack)
@@ -93,7 +93,7 @@ def down(state: Path) -> list[int]:
     worker, servers of a killed supervisor). Returns the pids of such leftovers; running it twice is harmless.
     """
     stack = read_stack(state)
-    with _alone(state):
+    with _locked(stack.state / "lock"):
         supervisor = Supervisor(stack)
         if supervisor.is_running():
             journal.record(stack.state, "stack", "down", "down was asked for")
@@ -288,11 +288,14 @@ def _wait_for_end(stack: Stack, seconds: float) -> None:
         time.sleep(0.1)
 
 
+def _ports_lock() -> Path:
+    """One `up` of a user at a time: two stacks that start together must not choose the same ports."""
+    return Path(tempfile.gettempdir()) / f"tirewatch-{os.getuid()}.lock"
+
+
 @contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """One `up` or `down` at a time for each user: two stacks that start together must not choose the same ports."""
-    state.mkdir(parents=True, exist_ok=True)
-    path = Path(tempfile.gettempdir()) / f"tirewatch-{os.getuid()}.lock"
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -184,8 +184,11 @@ class Supervisor:
         self.start_program(name)
 
     def shutdown(self) -> None:
-        """Asks supervisord to stop every service and itself; returns at once."""
+        """Asks supervisord to stop every service and itself; returns at once. All are signalled together: shutdown alone
+        would stop them one after the other.
+        """
         try:
+            self._rpc.stopAllProcesses(False)
             self._rpc.shutdown()
         except _UNREACHABLE:
             return
