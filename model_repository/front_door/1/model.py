@@ -26,9 +26,11 @@ PARAMETERS = ("request_id", "tire_id", "line")
 
 
 class Refused(Exception):
-    """This request gets no answer. `code` is the status the client sees."""
+    """This request gets no answer. `code`: name of the `pb_utils.TritonError` status the client sees; a name, because the
+    server completes `pb_utils` only after it has imported this file.
+    """
 
-    def __init__(self, message, code=pb_utils.TritonError.INVALID_ARG):
+    def __init__(self, message, code="INVALID_ARG"):
         super().__init__(message)
         self.code = code
 
@@ -91,7 +93,7 @@ class Routing:
                 self._refuse_table(stamp, error)
         if self._doors is None:
             message = f"no version of {self._model} is in production yet: run the promote flow"
-            raise Refused(message, pb_utils.TritonError.UNAVAILABLE)
+            raise Refused(message, "UNAVAILABLE")
         return self._doors
 
     def _open(self, table: RoutingTable | None) -> Doors | None:
@@ -123,7 +125,7 @@ class Routing:
             pb_utils.Logger.log_error(f"{self._model}: the new routing is refused, the former one stays: {error}")
             self._complained = stamp
         if self._doors is None:
-            raise Refused(f"{self._model} cannot be served: {error}", pb_utils.TritonError.UNAVAILABLE)
+            raise Refused(f"{self._model} cannot be served: {error}", "UNAVAILABLE")
 
 
 class TritonPythonModel:
@@ -160,7 +162,7 @@ class TritonPythonModel:
     def _admit(self, job: Job, doors: Doors) -> None:
         """Read the request, choose its version and decode for it. Raises Refused."""
         if job.request.is_cancelled():
-            raise Refused("the request was cancelled", pb_utils.TritonError.CANCELLED)
+            raise Refused("the request was cancelled", "CANCELLED")
         job.parameters = _parameters(job.request)
         job.request_id = str(job.parameters.get("request_id") or job.request.request_id() or uuid.uuid4().hex)
         job.door = doors.door_for(str(job.parameters.get("tire_id") or job.request_id))
@@ -180,7 +182,7 @@ class TritonPythonModel:
         for row, job in enumerate(jobs):
             if not np.isfinite(probabilities[row]).all():  # NaN compares as "below the threshold": a defect would escape
                 message = f"{door.route.network} version {door.route.version} gave no number for this image"
-                job.response = _refused(Refused(message, pb_utils.TritonError.INTERNAL))
+                job.response = _refused(Refused(message, "INTERNAL"))
                 continue
             job.response = _response(job, door, probabilities[row], scores[row], labels[row])
             if job.captured:
@@ -248,7 +250,7 @@ def _ask(route: Route, images: np.ndarray, with_embedding: bool) -> dict:
     response = call.exec()
     if response.has_error():
         message = f"{route.network} version {route.version} did not answer: {response.error().message()}"
-        raise Refused(message, pb_utils.TritonError.UNAVAILABLE)
+        raise Refused(message, "UNAVAILABLE")
     return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names}
 
 
@@ -265,7 +267,7 @@ def _response(job: Job, door: Door, probabilities, job_score, label):
 
 
 def _refused(refusal: Refused):
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(refusal), refusal.code))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(refusal), getattr(pb_utils.TritonError, refusal.code)))
 
 
 def _text(text: str) -> np.ndarray:
