@@ -52,10 +52,9 @@ def probe(data: bytes) -> tuple[str, int, int]:
     except Image.DecompressionBombError as error:
         raise UnreadableImage("too_large", f"{error}; the limit is {MAX_PIXELS} pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, OverflowError) as error:
+        known = "/".join(FORMATS)
         start = data[:8].hex(" ")
-        raise UnreadableImage(
-            "not_an_image", f"no {'/'.join(FORMATS)} image: it begins with {start} ({error})"
-        ) from None
+        raise UnreadableImage("not_an_image", f"no readable {known} image; it begins with {start}") from error
     if kind == "MPO":  # what many phones write: a JPEG with a second picture behind it
         kind = "JPEG"
     if kind not in FORMATS:

@@ -49,6 +49,8 @@ def stage_version(root: Path, network_file: Path, version: SealedVersion) -> Pat
     _checked(version.network)
     if version.version < 1:
         raise ValueError(f"version {version.version} of {version.network}: versions start at 1")
+    for left in (root / "staging").glob(f"{version.network}-{version.version}-*"):
+        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed; one promotion of a version runs at a time
     directory = root / "staging" / f"{version.network}-{version.version}-{uuid.uuid4().hex[:8]}"
     directory.mkdir(parents=True)
     shutil.copyfile(network_file, directory / NETWORK_FILE)
