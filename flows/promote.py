@@ -5,13 +5,14 @@ Triton model repository; a new routing table; the alias `champion`; a ledger ent
 By hand: `prefect deployment run 'promote/tire' -p version=7`.
 """
 
-import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
@@ -19,18 +20,17 @@ from prefect.states import Completed
 from flows.settings import Settings, settings
 from tasks.events import emit
 from tasks.gates import Decision, Limits, as_markdown, decide_promotion
-from tasks.routing import Route, promoted, read_routing, write_routing
+from tasks.routing import read_routing
 from tasks.storage import NETWORK_RETRY
 
 if TYPE_CHECKING:
     from tasks.proof import Proof
     from tasks.registry import ModelCard, TrainedModel
     from tasks.sealed import SealedVersion
+    from tasks.swap import Swap
 
-log = logging.getLogger(__name__)
 
-
-@flow(name="promote", flow_run_name="promote-{model}-{version}")
+@flow(name="promote", flow_run_name="promote {model}")
 def promote(model: str, version: int | None = None, limits: Limits = Limits()) -> State[Any]:
     """Prove a registered version on the served engine and switch to it; or refuse it, with every reason.
 
@@ -48,18 +48,23 @@ def promote(model: str, version: int | None = None, limits: Limits = Limits()) -
     staged = export(here, candidate, card)
     proof = prove(here, candidate, card, staged, limits)
     decision = decide_promotion(proof.evidence, limits)
-    record(here, candidate, proof, decision)
+    record(here, candidate, decision, proof.figures)
     if not decision.promote:
-        refuse(candidate, decision, staged)
-        return Completed(name="Refused", message=f"{model} v{candidate.version}: {'; '.join(decision.reasons)}")
-    previous = switch(here, candidate, staged, proof)
-    conclude(here, candidate, previous, proof.figures)
+        discard(staged)
+        return refused(candidate, decision)
+    swap = switch(here, staged, proof, limits)
+    decision = Decision((*decision.gates, *swap.gates))
+    figures = {**proof.figures, **swap.figures}
+    record(here, candidate, decision, figures)
+    if swap.undone:
+        return refused(candidate, decision)
+    conclude(here, candidate, swap.previous, figures)
     return Completed(
-        name="Promoted", message=f"{model} v{candidate.version} answers; before it: {previous or 'nothing'}"
+        name="Promoted", message=f"{model} v{candidate.version} answers; before it: {swap.previous or 'nothing'}"
     )
 
 
-@task(**NETWORK_RETRY)
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
 def find_candidate(here: Settings, model: str, version: int | None) -> "tuple[TrainedModel, ModelCard]":
     """The registered version and its card. Raises LookupError naming what is registered."""
     from tasks.registry import load_card, newest_version
@@ -68,7 +73,7 @@ def find_candidate(here: Settings, model: str, version: int | None) -> "tuple[Tr
     return load_card(uri, model, version if version is not None else newest_version(uri, model))
 
 
-@task
+@task(cache_policy=NO_CACHE)
 def export(here: Settings, candidate: "TrainedModel", card: "ModelCard") -> Path:
     """The candidate as a sealed directory in staging: ONNX network and `version.json`. Nothing serves it yet."""
     import tempfile
@@ -107,7 +112,7 @@ def sealed_version(candidate: "TrainedModel", card: "ModelCard") -> "SealedVersi
     )
 
 
-@task
+@task(cache_policy=NO_CACHE)
 def prove(here: Settings, candidate: "TrainedModel", card: "ModelCard", staged: Path, limits: Limits) -> "Proof":
     """The parity ladder, the served test split in a scratch server, and the champion on the same photographs."""
     from tasks.dataset import open_version
@@ -128,62 +133,55 @@ def prove(here: Settings, candidate: "TrainedModel", card: "ModelCard", staged: 
     )
 
 
-@task(**NETWORK_RETRY)
-def record(here: Settings, candidate: "TrainedModel", proof: "Proof", decision: Decision) -> None:
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def record(here: Settings, candidate: "TrainedModel", decision: Decision, figures: Mapping[str, float]) -> None:
     """Every figure to the candidate's MLflow run; the table of gates to the Prefect UI."""
     from tasks.registry import log_promotion
 
     verdict = "promoted" if decision.promote else "refused"
-    summary = {"verdict": verdict, "gates": [vars(gate) for gate in decision.gates], **proof.figures}
-    log_promotion(here.mlflow_tracking_uri, candidate, proof.figures, summary)
+    summary = {"verdict": verdict, "gates": [vars(gate) for gate in decision.gates], **figures}
+    log_promotion(here.mlflow_tracking_uri, candidate, figures, summary)
     create_markdown_artifact(
         key=f"promotion-{candidate.name.replace('_', '-')}",
-        markdown=as_markdown(f"{candidate.name} v{candidate.version}", decision, proof.figures),
+        markdown=as_markdown(f"{candidate.name} v{candidate.version}", decision, figures),
         description=f"{candidate.name} v{candidate.version}: {verdict}",
     )
 
 
-def refuse(candidate: "TrainedModel", decision: Decision, staged: Path) -> None:
-    """Nothing changed for anybody; the reasons are in the artifact, in MLflow and in the event."""
-    import shutil
+@task(cache_policy=NO_CACHE)
+def switch(here: Settings, staged: Path, proof: "Proof", limits: Limits) -> "Swap":
+    """Publish, load, check the golden images on exactly this version, route, under a probe load."""
+    from tasks.swap import swap
 
-    shutil.rmtree(staged)
+    return swap(
+        here.serving_root, here.triton, staged, proof.golden, proof.images, here.cpu_accelerator, limits.max_p99_ms
+    )
+
+
+def refused(candidate: "TrainedModel", decision: Decision) -> State[Any]:
+    """Nothing changed for anybody; the reasons are in the artifact, in MLflow, in the event and in the state."""
     emit(
         "tirewatch.model.refused",
         f"tirewatch.model.{candidate.name}",
         {"model": candidate.name, "version": candidate.version, "reasons": list(decision.reasons)},
+        occasion=str(flow_run.get_id()),
     )
+    return Completed(name="Refused", message=f"{candidate.name} v{candidate.version}: {'; '.join(decision.reasons)}")
 
 
-@task
-def switch(here: Settings, candidate: "TrainedModel", staged: Path, proof: "Proof") -> int | None:
-    """Publish, load, check the golden images on exactly this version, route. Returns the version that answered before.
-
-    Every step can be killed and run again: until the routing table is replaced, the former champion answers.
-    """
-    from tasks.model_repository import Runtime, install_front_door, publish_version
-    from tasks.proof import check_golden
-    from tasks.serving import load_model
-
-    root, address, model = here.serving_root, here.triton, candidate.name
-    sealed = publish_version(root, staged, Runtime(accelerator=here.cpu_accelerator))
-    load_model(address, sealed.network, sealed.version)
-    check_golden(address, sealed, proof.golden)
-    install_front_door(root, model)
-    table = read_routing(root, model)
-    write_routing(root, promoted(table, model, Route(sealed.network, sealed.version)))
-    load_model(address, model)
-    return table.champion.version if table else None
+def discard(staged: Path) -> None:
+    """A refused candidate leaves nothing behind on the server's disk."""
+    shutil.rmtree(staged)
 
 
-@task(**NETWORK_RETRY)
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
 def conclude(here: Settings, candidate: "TrainedModel", previous: int | None, figures: Mapping[str, float]) -> None:
     """Alias, ledger, event: what others read. Each is harmless to repeat, so a run killed before it is made good."""
     from tasks.ledger import append
     from tasks.registry import set_alias
 
     set_alias(here.mlflow_tracking_uri, candidate.name, "champion", candidate.version)
-    append(
+    entry = append(
         here.store,
         candidate.name,
         action="promoted",
@@ -197,4 +195,5 @@ def conclude(here: Settings, candidate: "TrainedModel", previous: int | None, fi
         "tirewatch.model.promoted",
         f"tirewatch.model.{candidate.name}",
         {"model": candidate.name, "version": candidate.version, "reasons": []},
+        occasion=str(entry.number),
     )

@@ -196,8 +196,8 @@ def _sameness(evidence: Evidence, limits: Limits) -> list[Gate]:
             Gate(
                 f"parity {rung.name}",
                 rung.flips == 0 and rung.images > 0,
-                f"{rung.flips} of {rung.images} golden decisions flip, differences up to {rung.largest_difference:.2e}",
-                "0 flips on at least one golden image",
+                f"{rung.flips} of {rung.images} golden decisions flip, differences to {rung.largest_difference:.0e}",
+                "0 flips",
             )
         )
     return gates

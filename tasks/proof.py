@@ -26,6 +26,7 @@ from tasks.storage import Store
 if TYPE_CHECKING:
     from tasks.model import ImageNetwork
 
+PROBED: Final = 256  # test photographs the probe load asks about during a switch
 GOLDEN_POOL: Final = 2000  # validation images among which the golden ones are looked for
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
@@ -114,10 +115,13 @@ class Golden:
 
 @dataclass(frozen=True)
 class Proof:
-    """The evidence the gates judge, the golden images for the check after the load, and the figures people read."""
+    """The evidence the gates judge, the golden images for the check after the load, encoded photographs of the test split
+    for the load during the switch, and the figures people read.
+    """
 
     evidence: Evidence
     golden: Golden
+    images: tuple[bytes, ...]
     figures: dict[str, float]
 
 
@@ -159,7 +163,9 @@ def gather(
         champion=None if champion is None else champion_decisions(champion, test, sealed.rule, bench.accelerator),
     )
     pixels = np.concatenate(list(_decoded(golden, sealed.image_size, sealed.preprocessing)))
-    return Proof(evidence, Golden(pixels, on_validation[1][chosen]), figures_of(evidence, served))
+    return Proof(
+        evidence, Golden(pixels, on_validation[1][chosen]), tuple(test.encoded[:PROBED]), figures_of(evidence, served)
+    )
 
 
 def artifact_run(directory: Path, accelerator: Accelerator) -> Run:

@@ -86,7 +86,7 @@ def load_model(address: TritonAddress, model: str, version: int | None = None) -
         try:
             client.load_model(model, headers=_admin(address))
             ready = version is None or client.is_model_ready(model, str(version))
-        except _errors() as error:
+        except request_errors() as error:
             raise NotServed(f"loading {model} on {address.http} failed: {error}") from error
     if not ready:
         raise NotServed(
@@ -99,7 +99,7 @@ def unload_model(address: TritonAddress, model: str) -> None:
     with _http(address) as client:
         try:
             client.unload_model(model, headers=_admin(address))
-        except _errors() as error:
+        except request_errors() as error:
             raise NotServed(f"unloading {model} on {address.http} failed: {error}") from error
 
 
@@ -108,7 +108,7 @@ def is_version_ready(address: TritonAddress, model: str, version: int | None = N
     with _http(address) as client:
         try:
             return bool(client.is_model_ready(model, "" if version is None else str(version)))
-        except _errors():
+        except request_errors():
             return False
 
 
@@ -120,11 +120,11 @@ def infer_front_door(
     parameters: dict[str, str] | None = None,
 ) -> Answer:
     """Ask the public model about one encoded photograph. Raises NotServed with the server's reason."""
-    client_module = _module(protocol)
+    client_module = module_of(protocol)
     with _client(address, protocol) as client:
         try:
-            result = client.infer(model, [_encoded_input(client_module, image)], parameters=parameters)
-        except _errors() as error:
+            result = client.infer(model, [encoded_input(client_module, image)], parameters=parameters)
+        except request_errors() as error:
             raise NotServed(str(error)) from error
     return answer_of(result)
 
@@ -139,7 +139,7 @@ def infer_network(address: TritonAddress, network: str, version: int, pixels: ND
     with _client(address, "grpc") as client:
         try:
             result = client.infer(network, [tensor], model_version=str(version), outputs=wanted)
-        except _errors() as error:
+        except request_errors() as error:
             raise NotServed(f"{network} version {version} on {address.grpc}: {error}") from error
     probabilities: NDArray[np.float32] = result.as_numpy("probabilities")
     return probabilities
@@ -184,9 +184,9 @@ async def _evaluate(
         started = time.perf_counter()
         try:
             result = await client.infer(
-                model, [_encoded_input(client_module, images[index])], client_timeout=ANSWER_WITHIN
+                model, [encoded_input(client_module, images[index])], client_timeout=ANSWER_WITHIN
             )
-        except _errors() as error:
+        except request_errors() as error:
             errors[index] = str(error)
             return
         seconds.append(time.perf_counter() - started)
@@ -292,14 +292,16 @@ def _free_ports(count: int) -> list[int]:
             opened.close()
 
 
-def _encoded_input(client_module: Any, image: bytes) -> Any:
+def encoded_input(client_module: Any, image: bytes) -> Any:
+    """The front door's `image` input for tritonclient.grpc or tritonclient.http."""
     encoded = np.frombuffer(image, dtype=np.uint8)[None]
     tensor = client_module.InferInput("image", list(encoded.shape), "UINT8")
     tensor.set_data_from_numpy(encoded)
     return tensor
 
 
-def _module(protocol: Protocol) -> Any:
+def module_of(protocol: Protocol) -> Any:
+    """tritonclient.grpc or tritonclient.http, imported when it is needed."""
     if protocol == "grpc":
         import tritonclient.grpc as module
     else:
@@ -311,9 +313,9 @@ def _module(protocol: Protocol) -> Any:
 def _client(address: TritonAddress, protocol: Protocol) -> Iterator[Any]:
     """Closed at the end: an idle connection would hold the server's shutdown for its whole time-out."""
     if protocol == "grpc":
-        client = _module("grpc").InferenceServerClient(address.grpc)
+        client = module_of("grpc").InferenceServerClient(address.grpc)
     else:
-        client = _module("http").InferenceServerClient(
+        client = module_of("http").InferenceServerClient(
             address.http, connection_timeout=ANSWER_WITHIN, network_timeout=LOAD_WITHIN
         )
     try:
@@ -330,7 +332,7 @@ def _admin(address: TritonAddress) -> dict[str, str]:
     return {ADMIN_HEADER: address.admin_key} if address.admin_key else {}
 
 
-def _errors() -> tuple[type[BaseException], ...]:
+def request_errors() -> tuple[type[BaseException], ...]:
     """What a client raises when the server refuses, or is not there."""
     from tritonclient.utils import InferenceServerException
 

@@ -1,0 +1,106 @@
+"""The switch: publish, load, check, route, while a probe load asks on; undone when a single request failed.
+
+Until the routing table is replaced the former champion answers, so every step can be killed and run again.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tasks.gates import Gate
+from tasks.inference import Accelerator
+from tasks.model_repository import Runtime, install_front_door, publish_version
+from tasks.probe import ProbeLoad, SwapProof, judge_swap
+from tasks.routing import Route, promoted, read_routing, write_routing
+from tasks.sealed import SealedVersion, read_sealed
+from tasks.serving import TritonAddress, load_model
+
+if TYPE_CHECKING:
+    from tasks.proof import Golden
+
+STEADY: Final = 200  # answers before the load of the new version begins, and again after the switch
+
+
+@dataclass(frozen=True)
+class Swap:
+    """previous: the version that answered before. proof: what the probes saw; None for a first version, which replaces
+    nothing. undone: the former routing is in force again.
+    """
+
+    version: int
+    previous: int | None = None
+    proof: SwapProof | None = None
+
+    @property
+    def undone(self) -> bool:
+        return self.proof is not None and bool(self.proof.failed or self.proof.misrouted)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return self.proof.figures if self.proof else {}
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """The swap as the last gate of a promotion."""
+        if self.proof is None:
+            return ()
+        found = self.proof
+        measured = (
+            f"{found.failed} failed, {found.late} late, {found.misrouted} misrouted of {found.requests}, "
+            f"p99 {found.ratio:.2f} times the steady one"
+        )
+        return (
+            Gate("switch under load", not self.undone, "; ".join((measured, *found.errors)), "0 failed, 0 misrouted"),
+        )
+
+
+def swap(
+    root: Path,
+    address: TritonAddress,
+    staged: Path,
+    golden: "Golden",
+    images: Sequence[bytes],
+    accelerator: Accelerator,
+    late_ms: float,
+) -> Swap:
+    """Make the sealed directory `staged` the version that answers. images: encoded photographs for the probe load;
+    late_ms: an answer slower than this counts as late.
+    """
+    sealed = read_sealed(staged)
+    table = read_routing(root, sealed.model)
+    after = promoted(table, sealed.model, Route(sealed.network, sealed.version))
+    if table is None:
+        bring_up(root, address, staged, golden, accelerator)
+        install_front_door(root, sealed.model)
+        write_routing(root, after)
+        load_model(address, sealed.model)
+        return Swap(sealed.version)
+    install_front_door(root, sealed.model)
+    load_model(address, sealed.model)  # does nothing unless this build brought another front door
+    with ProbeLoad(address, sealed.model, images) as load:
+        load.wait_for(STEADY)
+        began = time.monotonic()
+        bring_up(root, address, staged, golden, accelerator)
+        switching = time.monotonic()
+        written = write_routing(root, after)
+        switched = time.monotonic()
+        load.wait_for(STEADY)
+    proof = judge_swap(load.probes, table.champion.version, sealed.version, began, (switching, switched), late_ms)
+    done = Swap(sealed.version, table.champion.version, proof)
+    if done.undone:
+        write_routing(root, replace(table, revision=written.revision + 1))
+    return done
+
+
+def bring_up(
+    root: Path, address: TritonAddress, staged: Path, golden: "Golden", accelerator: Accelerator
+) -> SealedVersion:
+    """Publish the version, load it beside the others, and compare its golden answers with the proven ones."""
+    from tasks.proof import check_golden
+
+    sealed = publish_version(root, staged, Runtime(accelerator=accelerator))
+    load_model(address, sealed.network, sealed.version)
+    check_golden(address, sealed, golden)
+    return sealed
