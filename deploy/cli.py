@@ -1,5 +1,7 @@
 """`tirewatch`: the embedded stack and the demo, from the command line."""
 
+import getpass
+import os
 import time
 from collections import deque
 from pathlib import Path
@@ -133,6 +135,50 @@ def demo(
     from deploy.demo import run_demo
 
     raise typer.Exit(run_demo(state, data, [name for name in defect.split(",") if name], stop))
+
+
+@app.command()
+def rollback(
+    model: Annotated[str, typer.Argument(help="Public name of the model")],
+    why: Annotated[str, typer.Option(help="What was wrong; it stands in the ledger for ever", prompt=True)],
+    state: State = _STATE,
+) -> None:
+    """The previous champion answers again; routing, alias, threshold and drift reference come back together."""
+    started = time.monotonic()
+    try:
+        os.environ.update(read_stack(state).environment())
+        from flows.settings import Settings
+        from tasks.rollback import NothingToRollBack, roll_back
+
+        here = Settings()
+        who = f"user/{getpass.getuser()}"
+        done = roll_back(here.serving_root, here.triton, here.store, here.mlflow_tracking_uri, model, who, why)
+    except (StackError, NothingToRollBack) as error:
+        fail(error)
+    took = time.monotonic() - started
+    console.print(f"{model} v{done.version} answers again instead of v{done.withdrawn} ({took:.1f} s)", highlight=False)
+
+
+@app.command()
+def ledger(
+    model: Annotated[str, typer.Argument(help="Public name of the model")],
+    state: State = _STATE,
+) -> None:
+    """Who was champion, since when, why and by whom."""
+    try:
+        os.environ.update(read_stack(state).environment())
+        from flows.settings import Settings
+        from tasks.ledger import read_ledger
+
+        entries = read_ledger(Settings().store, model)
+    except (StackError, ValueError) as error:
+        fail(error)
+    table = Table(box=None, pad_edge=False)
+    for column in ("since", "version", "before", "what", "why", "who"):
+        table.add_column(column)
+    for entry in entries:
+        table.add_row(entry.at[:19], str(entry.version), str(entry.previous or "-"), entry.action, entry.why, entry.who)
+    console.print(table)
 
 
 def _shown(path: Path) -> str:

@@ -95,7 +95,7 @@ def find_problem(http: str, models: list[str], image: bytes, timeout: float = TI
 def _infer(http: str, model: str, image: bytes, timeout: float) -> None:
     body: dict[str, Any] = {
         "id": "watchdog",
-        "parameters": {"request_id": "watchdog"},
+        "parameters": {"request_id": "watchdog", "probe": True},
         "inputs": [{"name": "image", "datatype": "UINT8", "shape": [1, len(image)], "data": list(image)}],
         "outputs": [{"name": "label"}],
     }

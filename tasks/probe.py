@@ -118,7 +118,7 @@ class ProbeLoad:
             inputs = [encoded_input(module, next(images))]
             sent = time.monotonic()
             try:
-                answer = answer_of(await client.infer(self.model, inputs))
+                answer = answer_of(await client.infer(self.model, inputs, parameters={"probe": True}))
                 self.probes.append(Probe(sent, time.monotonic(), protocol, answer.model_version))
             except failures as error:
                 self.probes.append(Probe(sent, time.monotonic(), protocol, error=str(error) or type(error).__name__))
