@@ -20,7 +20,8 @@ from tasks.recipe import Augmentation, TrainConfig
 from tasks.samples import Samples, processors
 
 WARM_UP: Final = 0.25  # share of a one-cycle run in which the rate rises
-MEASURED_STEPS: Final = 2  # per precision, after one that warms up
+MEASURED_STEPS: Final = 3  # per precision, after one that warms up
+CLEAR_GAIN: Final = 0.9  # bfloat16 is taken when its step takes less than this share of the time
 
 
 @dataclass(frozen=True)
@@ -319,28 +320,31 @@ class _Run:
         return reason, best
 
     def choose_precision(self) -> None:
-        """bfloat16 autocast is up to twice as fast or half as fast, by architecture, size and processor: time both."""
+        """bfloat16 autocast is up to twice as fast or half as fast, by architecture, size and processor: time both.
+
+        In turns, so that a busy machine slows both, and float32 unless the gain is clear.
+        """
         asked = self.config.precision
         long_enough = self.steps * self.config.epochs >= 50  # else the timing costs more than it can win
         self.precision = asked if asked != "auto" else "float32"
         if asked == "auto" and long_enough:
-            seconds = {precision: self._step_seconds(precision) for precision in ("float32", "bfloat16")}
-            self.precision = min(seconds, key=seconds.__getitem__)
+            rounds = [
+                (self._step_seconds("float32"), self._step_seconds("bfloat16")) for _ in range(1 + MEASURED_STEPS)
+            ]
+            full, half = (min(seconds) for seconds in zip(*rounds[1:], strict=True))
+            self.precision = "bfloat16" if half < CLEAR_GAIN * full else "float32"
 
     def _step_seconds(self, precision: str) -> float:
-        """Seconds of the fastest measured step, on a copy of the network, so that measuring leaves no trace."""
+        """Seconds of one step, on a copy of the network and of the random state, so that measuring leaves no trace."""
         copied = copy.deepcopy(self.network).train()
         images = torch.from_numpy(self.training.images[: self.config.batch_size]).to(self.device)
         labels = torch.from_numpy(self.training.labels[: self.config.batch_size]).to(self.device)
-        taken = []
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            for _ in range(1 + MEASURED_STEPS):
-                began = time.monotonic()
-                self._loss(copied, images, labels, precision)[0].backward()  # type: ignore[no-untyped-call]
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                taken.append(time.monotonic() - began)
-        return min(taken[1:])
+            began = time.monotonic()
+            self._loss(copied, images, labels, precision)[0].backward()  # type: ignore[no-untyped-call]
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return time.monotonic() - began
 
     def _loss(self, network: ImageNetwork, images: Tensor, labels: Tensor, precision: str) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):

@@ -120,6 +120,23 @@ def test_balanced_accuracy_gives_the_rare_side_its_weight():
     assert choose_threshold(scores, defect, ThresholdRule(rule="balanced_accuracy")) == pytest.approx(0.25)
 
 
+def test_gains_that_could_be_chance_hardly_move_the_threshold_from_the_middle():
+    defect, grid = np.arange(200) < 60, np.linspace(0, 1, 201)
+    chosen, peaks = [], []
+    for seed in range(30):  # the truth of this world is 0.54, and 200 photographs cannot tell it from 0.5
+        scores = (np.random.default_rng(seed).normal(0, 0.2, 200) + np.where(defect, 0.7, 0.3)).clip(0, 1)
+        chosen.append(choose_threshold(scores, defect, ThresholdRule()))
+        peaks.append(grid[np.argmax([np.mean((scores >= t) == defect) for t in grid])])
+    assert np.std(chosen) < 0.7 * np.std(peaks)
+    assert np.mean(np.abs(np.array(chosen) - 0.5) < 0.01) > 0.5
+
+
+def test_a_gain_beyond_chance_moves_it():
+    scores = np.concatenate([np.full(100, 0.3), np.full(300, 0.1)])
+    defect = np.arange(400) < 100
+    assert choose_threshold(scores, defect, ThresholdRule()) == pytest.approx(0.2)
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=2, max_size=60),
     st.floats(0.05, 1),
