@@ -1,77 +1,54 @@
-"""`tirewatch demo`: from nothing to a served answer, on real photographs. Every figure it prints comes from the run.
+"""`tirewatch demo`: the whole story on real photographs. Every figure it prints comes from the run.
 
-Nobody calls a flow here: the upload's event starts ingest, whose event starts training, whose event starts promotion.
-The one exception is said aloud: a candidate that misses its gates is trained on once, longer.
+A model is born, answers, is watched, is replaced under load and taken back. Nobody calls a flow of the line: an upload's
+event starts ingest, whose event starts training, whose event starts promotion. The one exception is said aloud: a first
+candidate that misses its gates is trained on once, longer.
 """
 
-import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 
 from deploy import local, photographs
-from deploy.photographs import Photographs
+from deploy.photographs import Labelled, Photographs
 from deploy.stack import SOURCE, Stack, StackError
-from deploy.watch import RunFailed, wait_for_run
+from deploy.story import Story, message_of
+from deploy.watch import RunFailed
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
+    from flows.settings import Settings
     from tasks.dataset import DatasetVersion
-
-APPEARS_WITHIN: Final = 90.0
-FINISHES_WITHIN: Final = {"ingest": 900.0, "train": 3600.0, "promote": 900.0}
-
-
-@dataclass
-class Story:
-    """What is told on the screen, and what is kept for the report."""
-
-    console: Console
-    began: float = field(default_factory=time.monotonic)
-    report: dict[str, Any] = field(default_factory=dict)
-
-    def say(self, text: str) -> None:
-        self.console.print(f"  {text}")
-
-    @contextmanager
-    def step(self, title: str) -> Iterator[Status]:
-        """A spinner while it lasts, a line with its seconds when it is done."""
-        started = time.monotonic()
-        with self.console.status(title) as status:
-            yield status
-        self.console.print(f"[green]✓[/green] {title} [dim]{time.monotonic() - started:.1f} s[/dim]")
 
 
 class Refused(RuntimeError):
-    """The candidate was refused twice. The message holds the reasons."""
+    """No version was good enough. The message holds the reasons."""
 
 
 def run_demo(state: Path, data: str | None = None, defect: Sequence[str] = (), stop: bool = False) -> int:
-    """The whole story; 0 when a version answers at the end, 1 when none was good enough or something failed.
+    """The whole story; 0 when it was told to its end, 1 when no version was good enough or something failed.
 
     data: a folder of class folders, `digits`, or None for the solar cells. defect: classes that count as a defect.
     """
     story = Story(Console())
     try:
-        pictures = _photographs(state, data)
+        pictures = _photographs(state.resolve() / "demo", data)
         if pictures.notice:
             story.console.print(pictures.notice, style="dim")
         stack = _bring_up(story, state)
-        _tell(story, stack, pictures, tuple(defect))
-        _close(story, stack)
+        _tell(story, pictures, tuple(defect))
+        story.report["urls"] = {service.name: service.url for service in local.status(stack.state) if service.url}
+        story.close(stack.state / "demo-report.json")
         return 0
     except (Refused, RunFailed, TimeoutError, ValueError, StackError) as error:
-        story.console.print(f"[red]✗[/red] {error}")
+        story.console.print(f"[red]✗[/red] {error}", soft_wrap=True)
         return 1
     finally:
         if stop and (state / "stack.json").exists():
@@ -79,8 +56,7 @@ def run_demo(state: Path, data: str | None = None, defect: Sequence[str] = (), s
                 local.down(state)
 
 
-def _photographs(state: Path, data: str | None) -> Photographs:
-    workspace = state.resolve() / "demo"
+def _photographs(workspace: Path, data: str | None) -> Photographs:
     if data is None:
         return photographs.solar_cells(workspace)
     if data == "digits":
@@ -90,45 +66,37 @@ def _photographs(state: Path, data: str | None) -> Photographs:
 
 def _bring_up(story: Story, state: Path) -> Stack:
     with story.step("stack up: S3, Prefect, MLflow, Triton, bridge, workers") as status:
-        stack = local.up(
-            state, lambda name, seconds, url: status.update(f"stack up: {name} ready in {seconds:.0f} s {url}")
-        )
+        stack = local.up(state, lambda name, seconds, _: status.update(f"stack up: {name} ready in {seconds:.0f} s"))
     os.environ.update(stack.environment())
     return stack
 
 
-def _tell(story: Story, stack: Stack, pictures: Photographs, defect: tuple[str, ...]) -> None:
+def _tell(story: Story, pictures: Photographs, defect: tuple[str, ...]) -> None:
     from flows.settings import Settings
 
     here = Settings()
-    recipe = pictures.recipe
-    if recipe == "photographs":
+    if pictures.recipe == "photographs":
         _deploy_recipe(story, pictures, defect)
-    batch = f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    prefix = f"incoming/{recipe}/{batch}/"
-    with story.step(f"upload: {pictures.count} photographs to s3://{here.s3_bucket}/{prefix}"):
-        from tasks.sources import upload_folder
+    first, second = pictures.counts
 
-        upload_folder(here.store, pictures.folder, recipe, batch)
-    sealed = datetime.now(UTC)
-
-    ingested = _follow(story, f"ingest/{recipe}", sealed, {"prefix": prefix})
-    assert ingested.start_time is not None
-    story.report["upload_to_run_seconds"] = round(ingested.start_time.timestamp() - sealed.timestamp(), 2)
-    story.say(f"the upload's event started it after {story.report['upload_to_run_seconds']:.1f} s")
-    dataset = _dataset(story, here.store, recipe)
-
-    trained = _follow(story, f"train/{recipe}", sealed, {"dataset": recipe, "dataset_version": dataset.version})
-    version, promoted = _judge(story, recipe, sealed, trained)
-    if promoted.state_name == "Refused":
-        story.console.print(f"[yellow]![/yellow] refused: {promoted.state.message if promoted.state else ''}")
-        trained = _train_on(story, trained, version)
-        version, promoted = _judge(story, recipe, datetime.now(UTC), trained)
-    story.report["promotion"] = {"decision": promoted.state_name, "version": version}
-    if promoted.state_name == "Refused":
-        raise Refused(f"no version was good enough: {promoted.state.message if promoted.state else ''}")
-    _figures(story, here.mlflow_tracking_uri, recipe, version, dataset)
+    story.chapter(f"A model is born: {first} photographs")
+    dataset, version = _first_version(story, here, pictures)
+    _figures(story, here, pictures.recipe, version, dataset)
     _ask(story, here, pictures)
+
+    story.chapter(f"Production is watched: {len(pictures.traffic)} photographs nobody uploaded")
+    story.report["drift"] = {
+        "quiet": _watch(story, here, pictures, Path.read_bytes, "through the usual camera"),
+        "broken_camera": _watch(
+            story, here, pictures, lambda path: photographs.break_camera(path.read_bytes()), "the camera breaks:"
+        ),
+    }
+
+    story.chapter(f"The next model, under load: {second} more photographs")
+    promoted = _second_version(story, here, pictures)
+
+    story.chapter("Taken back")
+    _roll_back(story, here, pictures.recipe, promoted)
 
 
 def _deploy_recipe(story: Story, pictures: Photographs, defect: tuple[str, ...]) -> None:
@@ -143,40 +111,39 @@ def _deploy_recipe(story: Story, pictures: Photographs, defect: tuple[str, ...])
         deploy_all(for_recipe(parsed, pictures.recipe, template="tire", config={"defect_labels": list(defect)}))
 
 
-def _follow(story: Story, deployment: str, since: datetime, parameters: dict[str, Any]) -> "FlowRun":
-    with story.step(deployment) as status:
-
-        def show(run: "FlowRun") -> None:
-            status.update(f"{deployment} [dim]{run.name}[/dim] {run.state_name} {_epoch(run)}")
-
-        flow = deployment.split("/", maxsplit=1)[0]
-        run = wait_for_run(deployment, since, parameters, APPEARS_WITHIN, FINISHES_WITHIN[flow], show)
-    if run.state and run.state.message:
-        story.say(f"[bold]{run.state_name}[/bold] {run.state.message}")
-    return run
-
-
-def _epoch(run: "FlowRun") -> str:
-    """The newest epoch of a training run, as MLflow has it."""
-    from mlflow import MlflowClient
-
-    if not run.name or "train" not in run.name or run.state_name != "Running":
-        return ""
-    client = MlflowClient()
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.`prefect.flow_run_id` = '{run.id}'", max_results=1)
-    return _progress(found[0].data.metrics) if found else ""
+def _first_version(story: Story, here: "Settings", pictures: Photographs) -> "tuple[DatasetVersion, int]":
+    """Upload, and watch until a version answers; the dataset version and the model version."""
+    recipe = pictures.recipe
+    sealed, prefix = _upload(story, here, pictures.first, recipe)
+    ingested = story.follow(f"ingest/{recipe}", sealed, {"prefix": prefix})
+    assert ingested.start_time is not None
+    story.report["upload_to_run_seconds"] = round(ingested.start_time.timestamp() - sealed.timestamp(), 2)
+    story.say(f"the upload's event started it after {story.report['upload_to_run_seconds']:.1f} s")
+    dataset = _dataset(story, here, recipe)
+    trained = story.follow(f"train/{recipe}", sealed, {"dataset": recipe, "dataset_version": dataset.version})
+    version, promoted = _judged(story, here, recipe, sealed, trained)
+    if promoted.state_name == "Refused":
+        trained = _train_on(story, trained, version)
+        version, promoted = _judged(story, here, recipe, datetime.now(UTC), trained)
+    if promoted.state_name == "Refused":
+        raise Refused(f"no version was good enough: {message_of(promoted)}")
+    return dataset, version
 
 
-def _progress(metrics: dict[str, float]) -> str:
-    shown = ("val/Loss", "val/Accuracy", "val/Recall")
-    return "  ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)
+def _upload(story: Story, here: "Settings", folder: Path, recipe: str) -> tuple[datetime, str]:
+    """(when the sealing marker was stored, prefix of the batch)."""
+    from tasks.sources import upload_folder
+
+    batch = f"demo-{folder.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    with story.step(f"upload to s3://{here.s3_bucket}/incoming/{recipe}/{batch}/"):
+        prefix = upload_folder(here.store, folder, recipe, batch)
+    return datetime.now(UTC), prefix
 
 
-def _dataset(story: Story, store: Any, recipe: str) -> "DatasetVersion":
+def _dataset(story: Story, here: "Settings", recipe: str) -> "DatasetVersion":
     from tasks.dataset import newest_version
 
-    dataset = newest_version(store, recipe)
+    dataset = newest_version(here.store, recipe)
     if dataset is None:
         raise RunFailed(f"ingest ended without a version of {recipe}: read its run in the Prefect UI")
     story.report["dataset"] = {
@@ -184,59 +151,55 @@ def _dataset(story: Story, store: Any, recipe: str) -> "DatasetVersion":
         "versions": dataset.version,
         "digest": dataset.digest,
         "splits": dict(dataset.splits),
-        "classes": list(dataset.classes),
     }
     story.say(f"{recipe} v{dataset.version} {dataset.digest[:19]} {dict(dataset.splits)}")
     return dataset
 
 
-def _judge(story: Story, recipe: str, since: datetime, trained: "FlowRun") -> "tuple[int, FlowRun]":
+def _judged(story: Story, here: "Settings", recipe: str, since: datetime, trained: "FlowRun") -> "tuple[int, FlowRun]":
     """The version the training run registered, and the promotion run its event started."""
     from tasks.registry import version_of_flow_run
 
     if trained.state_name == "BelowMinimum":
-        raise Refused(f"nothing was registered: {trained.state.message if trained.state else ''}")
-    version = version_of_flow_run(os.environ["MLFLOW_TRACKING_URI"], recipe, str(trained.id))
-    return version, _follow(story, f"promote/{recipe}", since, {"model": recipe, "version": version})
+        raise Refused(f"nothing was registered: {message_of(trained)}")
+    version = version_of_flow_run(here.mlflow_tracking_uri, recipe, str(trained.id))
+    return version, story.follow(f"promote/{recipe}", since, {"model": recipe, "version": version})
 
 
 def _train_on(story: Story, trained: "FlowRun", version: int) -> "FlowRun":
     """Once more from the refused version's weights, twice as long."""
     from prefect.deployments import run_deployment
 
-    since = datetime.now(UTC)
     config = dict(trained.parameters.get("config") or {})
-    longer = {**config, "epochs": 2 * int(config.get("epochs", 6)), "continue_from": version}
-    parameters = {**trained.parameters, "config": longer}
-    recipe = str(trained.parameters["dataset"])
-    run_deployment(f"train/{recipe}", parameters=parameters, timeout=0, as_subflow=False)
+    longer = {**config, "epochs": 2 * int(config.get("epochs", 6)), "continue_from": version, "max_minutes": 10}
+    recipe, since = str(trained.parameters["dataset"]), datetime.now(UTC)
+    run_deployment(f"train/{recipe}", parameters={**trained.parameters, "config": longer}, timeout=0, as_subflow=False)
     story.say(f"training on from v{version} for up to {longer['epochs']} epochs")
-    return _follow(story, f"train/{recipe}", since, {"dataset": recipe})
+    return story.follow(f"train/{recipe}", since, {"dataset": recipe})
 
 
-def _figures(story: Story, uri: str, recipe: str, version: int, dataset: "DatasetVersion") -> None:
-    """The run's own figures, as MLflow holds them."""
+def _figures(story: Story, here: "Settings", recipe: str, version: int, dataset: "DatasetVersion") -> None:
+    """The first version's own figures, as MLflow holds them."""
     from tasks.registry import load_card, run_metrics
 
-    trained, card = load_card(uri, recipe, version)
-    metrics = run_metrics(uri, trained.run_id)
-    rows = sum(dataset.splits.values())
+    trained, card = load_card(here.mlflow_tracking_uri, recipe, version)
+    metrics = run_metrics(here.mlflow_tracking_uri, trained.run_id)
     story.report["train"] = {
         "recipe": f"train/{recipe}",
         "architecture": card.architecture,
         "image_size": card.image_size,
         "seed": card.seed,
         "test_accuracy": metrics["test_accuracy"],
-        "test_share": round(dataset.splits["test"] / rows, 4),
+        "test_share": round(dataset.splits["test"] / sum(dataset.splits.values()), 4),
         "threshold": card.rule.threshold,
-        "seconds": metrics.get("train_seconds"),
+        "seconds": metrics["train_seconds"],
         "mlflow_run": trained.run_id,
     }
     served = {name.removeprefix("served_"): value for name, value in metrics.items() if name.startswith("served_")}
     story.report["served"] = served
 
 
-def _ask(story: Story, here: Any, pictures: Photographs) -> None:
+def _ask(story: Story, here: "Settings", pictures: Photographs) -> None:
     """The held-back photographs over gRPC and HTTP; both must say the same."""
     from tasks.serving import infer_front_door
 
@@ -244,37 +207,94 @@ def _ask(story: Story, here: Any, pictures: Photographs) -> None:
     asked: list[dict[str, Any]] = []
     with story.step(f"{len(pictures.held_back)} held-back photographs over gRPC and HTTP"):
         for path, truth in pictures.held_back:
-            answers = [infer_front_door(here.triton, pictures.recipe, path.read_bytes(), p) for p in ("grpc", "http")]
-            grpc, http = answers
+            photograph = path.read_bytes()
+            grpc, http = (infer_front_door(here.triton, pictures.recipe, photograph, p) for p in ("grpc", "http"))
             if (grpc.label, grpc.model_version) != (http.label, http.model_version):
                 raise RunFailed(f"{path.name}: gRPC says {grpc.label}, HTTP says {http.label}")
-            good = "green" if grpc.label == truth else "red"
-            digest = str(grpc.lineage["dataset_digest"])
-            table.add_row(
-                path.name,
-                truth,
-                f"[{good}]{grpc.label}[/{good}]",
-                f"{grpc.score:.3f}",
-                str(grpc.model_version),
-                digest[:15],
-            )
+            colour = "green" if grpc.label == truth else "red"
+            answer, digest = f"[{colour}]{grpc.label}[/{colour}]", str(grpc.lineage["dataset_digest"])[:15]
+            table.add_row(path.name, truth, answer, f"{grpc.score:.3f}", str(grpc.model_version), digest)
             asked.append({"file": path.name, "truth": truth, "answer": grpc.label, "score": round(grpc.score, 4)})
     story.console.print(table)
-    story.report["held_back"] = {"right": sum(a["answer"] == a["truth"] for a in asked), "asked": asked}
+    story.report["held_back"] = {"right": sum(a["answer"] == a["truth"] for a in asked), "photographs": asked}
 
 
-def _close(story: Story, stack: Stack) -> None:
-    report = story.report
-    report["seconds_total"] = round(time.monotonic() - story.began, 1)
-    report["urls"] = {service.name: service.url for service in local.status(stack.state) if service.url}
-    path = stack.state / "demo-report.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    table = Table("figure", "value", title="What happened, measured")
-    for section, values in report.items():
-        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
-            if not isinstance(value, (list, dict)):
-                table.add_row(
-                    f"{section}.{name}".rstrip("."), f"{value:.4g}" if isinstance(value, float) else str(value)
-                )
-    story.console.print(table)
-    story.say(f"report: {path}")
+def _watch(
+    story: Story, here: "Settings", pictures: Photographs, photograph_of: Callable[[Path], bytes], what: str
+) -> dict[str, Any]:
+    """Production traffic, then a drift run by hand; its verdict."""
+    from prefect.deployments import run_deployment
+
+    _traffic(story, here, pictures.recipe, pictures.traffic, photograph_of, what)
+    since, parameters = datetime.now(UTC), {"model": pictures.recipe}
+    run_deployment(f"drift/{pictures.recipe}", timeout=0, as_subflow=False)
+    run = story.follow(f"drift/{pictures.recipe}", since, parameters)
+    return {
+        "verdict": run.state_name,
+        "message": message_of(run),
+        "page": f"{here.prefect_ui_url}/runs/flow-run/{run.id}",
+    }
+
+
+def _traffic(
+    story: Story,
+    here: "Settings",
+    recipe: str,
+    traffic: Sequence[Labelled],
+    photograph_of: Callable[[Path], bytes],
+    what: str,
+) -> None:
+    from tasks.model_repository import version_directory
+    from tasks.routing import read_routing
+    from tasks.sealed import read_sealed
+    from tasks.serving import evaluate_served
+
+    table = read_routing(here.serving_root, recipe)
+    assert table is not None
+    directory = version_directory(here.serving_root, table.champion.network, table.champion.version)
+    with story.step(f"{what} {len(traffic)} photographs over gRPC"):
+        images = [photograph_of(path) for path, _ in traffic]
+        served = evaluate_served(here.triton, recipe, images, read_sealed(directory, verify_files=False))
+    story.say(f"{served.requests - len(served.errors)} answers, p99 {served.p99_ms:.0f} ms")
+
+
+def _second_version(story: Story, here: "Settings", pictures: Photographs) -> bool:
+    """A further batch through the whole line; whether the challenger took over."""
+    recipe = pictures.recipe
+    sealed, prefix = _upload(story, here, pictures.second, recipe)
+    story.follow(f"ingest/{recipe}", sealed, {"prefix": prefix})
+    dataset = _dataset(story, here, recipe)
+    trained = story.follow(f"train/{recipe}", sealed, {"dataset": recipe, "dataset_version": dataset.version})
+    if trained.state_name == "BelowMinimum":
+        story.report["promotion"] = {"decision": "BelowMinimum", "reasons": message_of(trained)}
+        return False
+    version, run = _judged(story, here, recipe, sealed, trained)
+    story.report["promotion"] = {"decision": run.state_name, "version": version, "reasons": message_of(run)}
+    if run.state_name == "Promoted":
+        story.report["swap"] = _swap_figures(here, recipe, version)
+    return run.state_name == "Promoted"
+
+
+def _swap_figures(here: "Settings", recipe: str, version: int) -> dict[str, float]:
+    from tasks.registry import load_card, run_metrics
+
+    trained, _ = load_card(here.mlflow_tracking_uri, recipe, version)
+    metrics = run_metrics(here.mlflow_tracking_uri, trained.run_id)
+    return {name.removeprefix("swap_"): value for name, value in metrics.items() if name.startswith("swap_")}
+
+
+def _roll_back(story: Story, here: "Settings", recipe: str, promoted: bool) -> None:
+    from tasks.rollback import roll_back
+
+    if not promoted:
+        story.say("the challenger was refused, so the champion never changed: there is nothing to take back")
+        story.report["rollback"] = {"seconds": None}
+        return
+    with story.step("rollback"):
+        started = time.monotonic()
+        done = roll_back(
+            here.serving_root, here.triton, here.store, here.mlflow_tracking_uri, recipe, "demo", "shown in the demo"
+        )
+        seconds = time.monotonic() - started
+    story.say(f"v{done.version} answers again instead of v{done.withdrawn} after {seconds:.2f} s")
+    story.report["rollback"] = {"seconds": round(seconds, 3), "version": done.version}

@@ -1,28 +1,43 @@
-"""The demo's photographs: solar cells from a package, digits from scikit-learn, or anyone's folder of class folders; a few
-of them held back, so that the served model can be asked about pictures nobody uploaded.
+"""The demo's photographs: solar cells from a package, digits from scikit-learn, or anyone's folder of class folders.
+
+They are divided by the hash of their names, the same way every time: a first batch, a second batch, what production will see,
+and a few to ask about by name. What is in one part is in no other.
 """
 
 import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from tasks.images import UnreadableImage, probe
 
-HELD_BACK = 16
-SPLITS = ("train", "val", "test")
+HELD_BACK: Final = 16
+TRAFFIC: Final = 300
+TRAFFIC_SHARE: Final = 0.15  # at most, where there are few
+SECOND_SHARE: Final = 0.25
+SPLITS: Final = ("train", "val", "test")
+
+Labelled = tuple[Path, str]
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """folder: what is uploaded, a tree of links. held_back: (file, label) pairs that are not in it."""
+    """first, second: folders to upload, trees of links. held_back, traffic: (file, label) pairs that are in neither."""
 
     recipe: str
-    folder: Path
-    held_back: tuple[tuple[Path, str], ...]
-    count: int
+    first: Path
+    second: Path
+    held_back: tuple[Labelled, ...]
+    traffic: tuple[Labelled, ...]
     classes: tuple[str, ...]
     notice: str = ""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Photographs in the first and in the second batch."""
+        first, second = (sum(path.is_file() for path in folder.rglob("*")) for folder in (self.first, self.second))
+        return first, second
 
 
 def solar_cells(workspace: Path) -> Photographs:
@@ -48,25 +63,61 @@ def own(folder: Path, workspace: Path) -> Photographs:
 
 
 def divide(recipe: str, source: Path, workspace: Path, notice: str = "") -> Photographs:
-    """Links all photographs of `source` below `workspace`, but for a few of each class, chosen by the hash of
-    their name: the same few every time.
-    """
+    """Links the two batches below `workspace` and names the rest; every class is in every part, in the same share."""
     files = [(path, label) for path in sorted(source.rglob("*")) if (label := _label(path, source)) is not None]
     classes = tuple(sorted({label for _, label in files}))
     if len(classes) < 2:
         raise ValueError(
-            f"{source} holds photographs of {len(classes)} class(es) {list(classes)}: at least two class folders"
+            f"{source} holds photographs of {len(classes)} class(es) {list(classes)}: at least two class folders are needed"
         )
-    keep_back = _held_back(files, classes, source)
-    folder = workspace / "upload"
+    traffic_share = min(TRAFFIC_SHARE, TRAFFIC / len(files))
+    parts: dict[str, list[Labelled]] = {"held_back": [], "traffic": [], "second": [], "first": []}
+    for label in classes:
+        mine = sorted((found for found in files if found[1] == label), key=lambda found: _rank(found[0], source))
+        askable = [found for found in mine if _readable(found[0])]
+        asked = max(1, HELD_BACK // len(classes)) if len(askable) >= 20 else 0
+        seen = asked + round(traffic_share * len(mine))
+        parts["held_back"] += askable[:asked]
+        parts["traffic"] += askable[asked:seen]
+        taken = set(askable[:seen])
+        others = [found for found in mine if found not in taken]
+        cut = round(SECOND_SHARE * len(others))
+        parts["second"] += others[:cut]
+        parts["first"] += others[cut:]
+    return Photographs(
+        recipe,
+        _linked(parts["first"], source, workspace / "first"),
+        _linked(parts["second"], source, workspace / "second"),
+        tuple(parts["held_back"]),
+        tuple(parts["traffic"]),
+        classes,
+        notice,
+    )
+
+
+def break_camera(photograph: bytes) -> bytes:
+    """The same photograph from a camera that lost focus and light: 45 % of the exposure, blurred over 1/60 of the side."""
+    import cv2
+    import numpy as np
+
+    from tasks.images import decode_full
+
+    pixels = decode_full(photograph)
+    sigma = max(1.0, min(pixels.shape[:2]) / 60)
+    dark = cv2.GaussianBlur(pixels, (0, 0), sigma).astype(np.float32) * 0.45
+    done, data = cv2.imencode(".jpg", dark.astype(np.uint8)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+    if not done:
+        raise ValueError(f"a photograph of {pixels.shape} could not be encoded as JPEG")
+    return bytes(data)
+
+
+def _linked(files: list[Labelled], source: Path, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     for path, _ in files:
-        if path not in keep_back:
-            link = folder / path.relative_to(source)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path.resolve())
-    held = tuple((path, label) for path, label in files if path in keep_back)
-    return Photographs(recipe, folder, held, len(files) - len(held), classes, notice)
+        link = folder / path.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    return folder
 
 
 def _label(path: Path, source: Path) -> str | None:
@@ -74,15 +125,6 @@ def _label(path: Path, source: Path) -> str | None:
     if not path.is_file() or path.name.startswith((".", "_")) or len(parts) < 2:
         return None
     return path.parent.name if path.parent.name not in SPLITS else None
-
-
-def _held_back(files: list[tuple[Path, str]], classes: tuple[str, ...], source: Path) -> set[Path]:
-    chosen: set[Path] = set()
-    each = max(1, HELD_BACK // len(classes))
-    for label in classes:
-        mine = sorted((path for path, own_label in files if own_label == label), key=lambda p: _rank(p, source))
-        chosen |= set([path for path in mine[: 8 * each] if _readable(path)][: min(each, len(mine) // 10)])
-    return chosen
 
 
 def _rank(path: Path, source: Path) -> str:

@@ -53,8 +53,8 @@ def for_recipe(
     changes = {"options": options, "config": config, "limits": limits}
     for deployment in chosen:
         _rename(deployment, template, name)
-        model = PARAMETER_MODELS[flow_of(deployment)]
-        if changed := changes[model]:
+        model = PARAMETER_MODELS.get(flow_of(deployment), "")
+        if changed := changes.get(model):
             parameters = deployment.setdefault("parameters", {})
             parameters[model] = {**(parameters.get(model) or {}), **changed}
     return {**{key: value for key, value in parsed.items() if key != "deployments"}, "deployments": chosen}

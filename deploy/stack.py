@@ -89,6 +89,7 @@ class Stack:
             "TIREWATCH_TRITON_HTTP": f"127.0.0.1:{self.ports['triton_http']}",
             "TIREWATCH_TRITON_GRPC": f"127.0.0.1:{self.ports['triton_grpc']}",
             "TIREWATCH_TRITON_ADMIN_KEY": self.secrets["triton_admin_key"],
+            "TIREWATCH_CAPTURE_SHARE": "1.0",  # one machine's traffic is small enough to keep; the spool is bounded
             "TIREWATCH_TRITON_PYTHON": str(triton_python()),
         }
 

@@ -154,7 +154,14 @@ def switch(here: Settings, staged: Path, proof: "Proof", limits: Limits) -> "Swa
     from tasks.swap import swap
 
     return swap(
-        here.serving_root, here.triton, staged, proof.golden, proof.images, here.cpu_accelerator, limits.max_p99_ms
+        here.serving_root,
+        here.triton,
+        staged,
+        proof.golden,
+        proof.images,
+        here.cpu_accelerator,
+        late_ms=limits.max_p99_ms,
+        capture_share=here.capture_share,
     )
 
 

@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     triton_python: Path = Field(
         Path(".venv-triton/bin/python"), description="Python of the serving environment, for scratch servers"
     )
+    capture_share: float = Field(
+        0.05, ge=0, le=1, description="Share of the traffic that front doors capture for drift and review"
+    )
     cpu_accelerator: Literal["openvino", "onnxruntime"] = Field(
         "openvino", description="What runs the ONNX network where there is no GPU"
     )

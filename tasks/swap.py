@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from tasks.gates import Gate
 from tasks.inference import Accelerator
-from tasks.model_repository import Runtime, install_front_door, publish_version
+from tasks.model_repository import FrontDoor, Runtime, install_front_door, publish_version
 from tasks.probe import ProbeLoad, SwapProof, judge_swap
 from tasks.routing import Route, promoted, read_routing, write_routing
 from tasks.sealed import SealedVersion, read_sealed
@@ -64,20 +64,22 @@ def swap(
     images: Sequence[bytes],
     accelerator: Accelerator,
     late_ms: float,
+    capture_share: float,
 ) -> Swap:
     """Make the sealed directory `staged` the version that answers. images: encoded photographs for the probe load;
-    late_ms: an answer slower than this counts as late.
+    late_ms: an answer slower than this counts as late. capture_share: of the traffic, for drift.
     """
     sealed = read_sealed(staged)
     table = read_routing(root, sealed.model)
     after = promoted(table, sealed.model, Route(sealed.network, sealed.version))
+    door = FrontDoor(capture_share=capture_share)
     if table is None:
         bring_up(root, address, staged, golden, accelerator)
-        install_front_door(root, sealed.model)
+        install_front_door(root, sealed.model, door)
         write_routing(root, after)
         load_model(address, sealed.model)
         return Swap(sealed.version)
-    install_front_door(root, sealed.model)
+    install_front_door(root, sealed.model, door)
     load_model(address, sealed.model)  # does nothing unless this build brought another front door
     with ProbeLoad(address, sealed.model, images) as load:
         load.wait_for(STEADY)
