@@ -121,10 +121,13 @@ def _first_version(story: Story, here: "Settings", pictures: Photographs) -> "tu
     story.say(f"the upload's event started it after {story.report['upload_to_run_seconds']:.1f} s")
     dataset = _dataset(story, here, recipe)
     trained = story.follow(f"train/{recipe}", sealed, {"dataset": recipe, "dataset_version": dataset.version})
+    longer = trained.state_name == "BelowMinimum"
+    if longer:
+        sealed, trained = datetime.now(UTC), _train_longer(story, trained, None)
     version, promoted = _judged(story, here, recipe, sealed, trained)
-    if promoted.state_name == "Refused":
-        trained = _train_on(story, trained, version)
-        version, promoted = _judged(story, here, recipe, datetime.now(UTC), trained)
+    if promoted.state_name == "Refused" and not longer:
+        since, trained = datetime.now(UTC), _train_longer(story, trained, version)
+        version, promoted = _judged(story, here, recipe, since, trained)
     if promoted.state_name == "Refused":
         raise Refused(f"no version was good enough: {message_of(promoted)}")
     return dataset, version
@@ -166,15 +169,15 @@ def _judged(story: Story, here: "Settings", recipe: str, since: datetime, traine
     return version, story.follow(f"promote/{recipe}", since, {"model": recipe, "version": version})
 
 
-def _train_on(story: Story, trained: "FlowRun", version: int) -> "FlowRun":
-    """Once more from the refused version's weights, twice as long."""
+def _train_longer(story: Story, trained: "FlowRun", version: int | None) -> "FlowRun":
+    """Once more, twice as long: from the refused version's weights, or anew where none was registered."""
     from prefect.deployments import run_deployment
 
     config = dict(trained.parameters.get("config") or {})
     longer = {**config, "epochs": 2 * int(config.get("epochs", 6)), "continue_from": version, "max_minutes": 10}
     recipe, since = str(trained.parameters["dataset"]), datetime.now(UTC)
     run_deployment(f"train/{recipe}", parameters={**trained.parameters, "config": longer}, timeout=0, as_subflow=False)
-    story.say(f"training on from v{version} for up to {longer['epochs']} epochs")
+    story.say(f"training once more, up to {longer['epochs']} epochs" + (f", from v{version}" if version else ""))
     return story.follow(f"train/{recipe}", since, {"dataset": recipe})
 
 
