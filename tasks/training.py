@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tasks.augmentation import augment
 from tasks.evaluation import Figures, figures
-from tasks.model import Classifier, ImageNetwork, build_model, image_network, require_size
-from tasks.recipe import Augmentation, TrainConfig
+from tasks.model import ImageNetwork, build_model, image_network, require_size
+from tasks.optimization import EarlyStopping, learning_rate_factor, make_optimizer
+from tasks.recipe import TrainConfig
 from tasks.samples import Samples, processors
 
-WARM_UP: Final = 0.25  # share of a one-cycle run in which the rate rises
 MEASURED_STEPS: Final = 3  # per precision, after one that warms up
 CLEAR_GAIN: Final = 0.9  # bfloat16 is taken when its step takes less than this share of the time
 
@@ -49,39 +50,6 @@ class Trained:
     device: str
     seconds: float
     cpu_seconds: float
-
-
-@dataclass
-class EarlyStopping:
-    """Watches validation. best_loss never rises: it is overwritten by smaller losses only, whatever accuracy does."""
-
-    patience: int
-    min_delta: float
-    stop_at_accuracy: float | None = None
-    stop_at_loss: float | None = None
-    best_loss: float = field(default=math.inf, init=False)
-    _anchor: float = field(default=math.inf, init=False)
-    _waited: int = field(default=0, init=False)
-
-    def is_best(self, loss: float) -> bool:
-        """Takes the next validation loss; true when it is the lowest so far."""
-        if loss < self._anchor - self.min_delta:
-            self._anchor, self._waited = loss, 0
-        else:
-            self._waited += 1
-        if loss < self.best_loss:
-            self.best_loss = loss
-            return True
-        return False
-
-    def reason(self, loss: float, accuracy: float) -> str | None:
-        """Why training should stop after this epoch, or None."""
-        low_enough = self.stop_at_loss is None or loss <= self.stop_at_loss
-        if self.stop_at_accuracy is not None and accuracy >= self.stop_at_accuracy and low_enough:
-            return f"quality reached: accuracy {accuracy:.4f}, loss {loss:.4f}"
-        if self._waited >= self.patience:
-            return f"no better validation loss for {self.patience} epochs"
-        return None
 
 
 def check_samples(training: Samples, validation: Samples, classes: tuple[str, ...], config: TrainConfig) -> None:
@@ -122,7 +90,7 @@ def train(
     started, cpu_started = time.monotonic(), time.process_time()
     device = accelerator()
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    repeatable = torch.backends.cudnn.flags(deterministic=True)
+    repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     with _threads(processors()), _memory_kept(), torch.random.fork_rng(devices), repeatable:
         torch.manual_seed(config.seed)
         network = _start(classes, config, weights).to(device).to(memory_format=torch.channels_last)
@@ -162,56 +130,6 @@ def predict(network: ImageNetwork, images: NDArray[np.uint8], batch_size: int = 
 def accelerator() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def learning_rate_factor(schedule: str, progress: float) -> float:
-    """Share of the peak rate at `progress` (0..1) through the run; one_cycle as in Smith and Topin 2018, with cosines."""
-    if schedule == "constant":
-        return 1.0
-    if schedule == "one_cycle" and progress < WARM_UP:
-        return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / WARM_UP)) / 2
-    if schedule == "one_cycle":
-        progress = (progress - WARM_UP) / (1 - WARM_UP)
-    return 0.001 + 0.999 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-
-
-def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """uint8 [N, S, S, 3] -> float32 [N, S, S, 3] in 0..255, each photograph varied on its own.
-
-    The generator lives on the CPU, so the same seed gives the same variations on every device.
-    """
-    count = len(images)
-
-    def chosen() -> Tensor:
-        return (torch.rand(count, generator=generator) < 0.5).to(images.device).view(-1, 1, 1, 1)
-
-    def drawn(reach: float) -> Tensor:
-        return ((torch.rand(count, generator=generator) * 2 - 1) * reach).to(images.device).view(-1, 1, 1, 1)
-
-    if how.flip_horizontal:
-        images = torch.where(chosen(), images.flip(2), images)
-    if how.flip_vertical:
-        images = torch.where(chosen(), images.flip(1), images)
-    if how.quarter_turns:
-        turns = torch.randint(0, 4, (count,), generator=generator).tolist()
-        images = torch.stack([image.rot90(turn, (0, 1)) for image, turn in zip(images, turns, strict=True)])
-    if how.shift:
-        images = _shifted(images, how.shift, generator)
-    varied = images.to(torch.float32)
-    if how.contrast:
-        middle = varied.mean(dim=(1, 2, 3), keepdim=True)
-        varied = (varied - middle) * (1 + drawn(how.contrast)) + middle
-    if how.brightness:
-        varied = varied + 255 * drawn(how.brightness)
-    return varied.clamp_(0, 255) if how.contrast or how.brightness else varied
-
-
-def _shifted(images: Tensor, reach: float, generator: torch.Generator) -> Tensor:
-    """Each photograph moved by up to `reach` of its side, its edge pixels repeated into the gap."""
-    count, side = images.shape[0], images.shape[1]
-    offsets = torch.randint(-round(reach * side), round(reach * side) + 1, (2, count, 1), generator=generator)
-    rows, columns = (torch.arange(side) + offsets).clamp(0, side - 1).to(images.device)
-    return images[torch.arange(count, device=images.device).view(-1, 1, 1), rows[:, :, None], columns[:, None, :]]
 
 
 @contextmanager
@@ -256,20 +174,6 @@ def _start(classes: tuple[str, ...], config: TrainConfig, weights: Mapping[str, 
     return image_network(config.architecture, classifier)
 
 
-def _optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.Optimizer:
-    """Four groups: head or not, decayed or not (biases and norms are not); each remembers its peak rate."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in classifier.named_parameters():
-        if parameter.requires_grad:
-            rate = config.learning_rate * (config.head_rate if name.startswith("head.") else 1.0)
-            decay = config.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    parameters = [{"params": p, "lr": r, "peak": r, "weight_decay": d} for (r, d), p in groups.items()]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True)
-    return (torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam)(parameters)
-
-
 class _Run:
     """The state of one training run: what the epochs change."""
 
@@ -288,7 +192,7 @@ class _Run:
         self.defects = np.array([label in config.defect_labels for label in classes], dtype=bool)
         weight = _class_weights(training.labels, len(classes)) if config.class_weights else None
         self.weight = None if weight is None else weight.to(device)
-        self.optimizer = _optimizer(network.classifier, config)
+        self.optimizer = make_optimizer(network.classifier, config)
         self.order = np.random.default_rng(config.seed)
         self.variation = torch.Generator().manual_seed(config.seed)
         self.steps = math.ceil(len(training) / config.batch_size)

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from tasks.augmentation import augment
 from tasks.decision import DecisionRule
 from tasks.evaluation import evaluate
+from tasks.optimization import EarlyStopping, learning_rate_factor
 from tasks.recipe import Augmentation, TrainConfig
 from tasks.samples import Samples
-from tasks.training import EarlyStopping, augment, learning_rate_factor, predict, train
+from tasks.training import predict, train
 
 STILL = Augmentation(flip_horizontal=False, brightness=0, contrast=0)
 QUICK = TrainConfig(
