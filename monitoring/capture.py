@@ -10,6 +10,8 @@ import os
 import queue
 import random
 import threading
+import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SUFFIX: Final = ".npz"
-ROOM_CHECK_EVERY: Final = 50  # writes between two looks at the whole directory
+ROOM_CHECK_SHARE: Final = 0.05  # of max_bytes is written between two looks at the whole directory
+UNFINISHED_AFTER: Final = 600.0  # seconds; a hidden file older than this is what a killed process left
 _ARRAYS: Final = ("image", "probabilities", "embedding")
 
 log = logging.getLogger(__name__)
@@ -75,7 +78,7 @@ def read_record(path: Path) -> CaptureRecord:
                 probabilities=content["probabilities"],
                 embedding=content["embedding"],
             )
-    except (OSError, KeyError, TypeError, ValueError, EOFError) as error:
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} is no capture record: {error}") from error
@@ -99,7 +102,7 @@ class Spool:
     """A sample of the inputs of one model, on its way to disk.
 
     share: how much of the traffic is sampled, [0, 1]. max_bytes: bound of the directory; beyond it the oldest go,
-    because drift is a question about now. Several server processes may share a directory.
+    because drift is a question about now; each process may exceed it by 5 % and one record. Several may share a directory.
     """
 
     def __init__(self, directory: Path, share: float, max_bytes: int = 2**30, queue_size: int = 64) -> None:
@@ -110,6 +113,7 @@ class Spool:
         self._directory = directory
         self._max_bytes = max_bytes
         self._written = 0
+        self._bytes_since_room = max_bytes  # look before the first write
         self._waiting: queue.Queue[CaptureRecord | None] = queue.Queue(queue_size)
         self._thread: threading.Thread | None = None
         if share > 0:
@@ -132,24 +136,37 @@ class Spool:
 
     def close(self) -> None:
         """Write what is waiting, then stop."""
-        if self._thread is not None:
-            self._waiting.put(None)
-            self._thread.join(timeout=10)
+        if self._thread is None:
+            return
+        try:
+            self._waiting.put(None, timeout=10)
+        except queue.Full:  # the disk hangs: the thread is a daemon and ends with the process
+            log.warning("capture: %d records were not written, the disk does not answer", self._waiting.qsize())
+            return
+        self._thread.join(timeout=10)
 
     def _drain(self) -> None:
         while (record := self._waiting.get()) is not None:
             try:
-                if self._written % ROOM_CHECK_EVERY == 0:
+                if self._bytes_since_room >= ROOM_CHECK_SHARE * self._max_bytes:
                     make_room(self._directory, self._max_bytes)
-                write_record(self._directory, record, self._written)
+                    self._bytes_since_room = 0
+                path = write_record(self._directory, record, self._written)
+                self._bytes_since_room += _size(path) or 0
                 self._written += 1
-            except OSError as error:  # a full or vanished disk must not end the thread, nor the serving beside it
+            # A full or vanished disk, or pixels that cannot be encoded, must not end the thread, nor the serving beside it.
+            except (OSError, ValueError, cv2.error) as error:
                 self.dropped += 1
                 log.warning("capture of request %s failed: %s", record.request_id, error)
 
 
 def make_room(directory: Path, max_bytes: int) -> int:
-    """Remove the oldest records until the directory is within max_bytes. Returns how many went."""
+    """Remove the oldest records until the directory is within max_bytes, and what killed processes left unfinished.
+    Returns how many records went.
+    """
+    for path in directory.glob(f".[0-9]*{SUFFIX}"):
+        if (made := _made(path)) is not None and time.time() - made > UNFINISHED_AFTER:
+            path.unlink(missing_ok=True)
     sizes = [(path, size) for path in spooled(directory) if (size := _size(path)) is not None]
     excess = sum(size for _, size in sizes) - max_bytes
     removed = 0
@@ -163,8 +180,18 @@ def make_room(directory: Path, max_bytes: int) -> int:
 
 
 def _size(path: Path) -> int | None:
+    found = _stat(path)
+    return found.st_size if found else None
+
+
+def _made(path: Path) -> float | None:
+    found = _stat(path)
+    return found.st_mtime if found else None
+
+
+def _stat(path: Path) -> os.stat_result | None:
     try:
-        return path.stat().st_size
+        return path.stat()
     except FileNotFoundError:  # another server process made room at the same moment
         return None
 

@@ -14,6 +14,7 @@ from typing import Final
 
 from tasks.inference import Accelerator
 from tasks.model_config import config_text, network_config
+from tasks.routing import read_routing
 from tasks.sealed import InvalidVersion, SealedVersion, read_sealed, seal, sync_directory, write_durably
 
 NETWORK_FILE: Final = "model.onnx"
@@ -59,7 +60,8 @@ def stage_version(root: Path, network_file: Path, version: SealedVersion) -> Pat
 
 
 def publish_version(root: Path, staged: Path, runtime: Runtime | None = None) -> SealedVersion:
-    """Rename the staged version into the repository and list it in `config.pbtxt`; the server loads it when told to.
+    """Rename the staged version into the repository and list it in `config.pbtxt`, beside those that a routing table names:
+    what no table names any more stays on disk and leaves the server's memory. The server loads it when told to.
 
     Running it again with the same content is harmless. Raises InvalidVersion when the staged directory is not as
     sealed, and FileExistsError when that number already holds something else: version numbers are never reused.
@@ -67,39 +69,72 @@ def publish_version(root: Path, staged: Path, runtime: Runtime | None = None) ->
     sealed = read_sealed(staged)
     target = version_directory(root, sealed.network, sealed.version)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        if read_sealed(target).files != sealed.files:
-            raise FileExistsError(f"{target} already holds another network: register a new version instead")
+    if _holds(target, sealed):
         shutil.rmtree(staged)
     else:
+        _discard(root, target)
         staged.rename(target)
         sync_directory(target.parent)
-    list_versions(
-        root, sealed.network, {*listed_versions(root, sealed.network), sealed.version}, sealed.image_size, runtime
-    )
+    keep = routed_versions(root, sealed.network) | {sealed.version}
+    list_versions(root, sealed.network, keep, sealed.image_size, runtime)
     return sealed
 
 
-def remove_version(root: Path, network: str, version: int) -> None:
-    """Take the version off the list and off the disk. The caller has made sure that no routing table names it.
-
-    The server forgets it at the next `load`. Harmless when it is gone already.
+def _holds(target: Path, sealed: SealedVersion) -> bool:
+    """Whether exactly this version stands there already, undamaged. Raises FileExistsError when another one does; a
+    damaged copy of this version, or a directory that was never sealed, is not a version.
     """
-    directory = version_directory(root, network, version)
+    try:
+        present = read_sealed(target, verify_files=False)
+    except InvalidVersion:
+        return False
+    if present.files != sealed.files:
+        raise FileExistsError(f"{target} already holds another network: register a new version instead")
+    try:
+        read_sealed(target)
+    except InvalidVersion:
+        return False
+    return True
+
+
+def _discard(root: Path, directory: Path) -> None:
+    """Out of the repository in one step, then off the disk; also what an earlier, killed call left on the way."""
+    discarded = root / "staging" / f"removed-{directory.parent.name}-{directory.name}"
+    shutil.rmtree(discarded, ignore_errors=True)
     if directory.exists():
-        discarded = root / "staging" / f"removed-{network}-{version}-{uuid.uuid4().hex[:8]}"
         discarded.parent.mkdir(parents=True, exist_ok=True)
-        remaining = {*listed_versions(root, network)} - {version}
-        if remaining:
-            list_versions(root, network, remaining)
         directory.rename(discarded)
         shutil.rmtree(discarded)
+
+
+def remove_version(root: Path, network: str, version: int) -> None:
+    """Take the version off the list and off the disk; the server forgets it at the next `load`. Harmless when it is gone.
+
+    Raises ValueError while a routing table names it: it answers, or a rollback may need it.
+    """
+    if version in routed_versions(root, network):
+        raise ValueError(f"{network} version {version} is named by a routing table: it cannot be removed")
+    listed = {*listed_versions(root, network)}
+    if version in listed and listed != {version}:
+        list_versions(root, network, listed - {version})
+    _discard(root, version_directory(root, network, version))
+
+
+def routed_versions(root: Path, network: str) -> set[int]:
+    """Versions of the network that a routing table names: champions, previous ones and challengers.
+
+    Raises ValueError for a damaged table, because nobody knows then what may go.
+    """
+    tables = (read_routing(root, path.stem) for path in (root / "routing").glob("*.json"))
+    return {route.version for table in tables if table for route in table.routes if route.network == network}
 
 
 def published_versions(root: Path, network: str) -> list[int]:
     """Numbers of the validly sealed versions on disk, ascending; their `version.json` is checked, their files are not."""
     found = []
     for directory in (repository(root) / network).glob("[0-9]*"):
+        if not directory.name.isdigit():
+            continue
         try:
             found.append(read_sealed(directory, verify_files=False).version)
         except InvalidVersion:

@@ -72,6 +72,8 @@ def read_routing(root: Path, model: str) -> RoutingTable | None:
     try:
         body = json.loads(text)
         routes = {name: _route(body.pop(name)) for name in ("champion", "previous", "challenger")}
+        if routes["champion"] is None:
+            raise ValueError("no champion")
         table = RoutingTable(**body, **routes)  # type: ignore[arg-type]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(

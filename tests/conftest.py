@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,7 +18,13 @@ os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"  # its row meets other 
 from deploy import services
 from tasks.storage import Store
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+if TYPE_CHECKING:
+    from tasks.sealed import SealedVersion
+    from tasks.serving import TritonAddress
+
+SOURCE = Path(__file__).parents[1]
+SHARED = SOURCE.parent / "shared" / "data"
+TRITON_PYTHON = SOURCE / ".venv-triton" / "bin" / "python"
 KEY, SECRET = "tirewatch", "tirewatch-test-secret"
 
 
@@ -137,3 +144,102 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=90):
         yield
+
+
+@pytest.fixture(scope="session")
+def triton_python() -> Path:
+    """Python of the serving environment."""
+    return TRITON_PYTHON
+
+
+@dataclass
+class Serving:
+    """A live Triton server, its serving root, and the ports it listens on (http, grpc, metrics)."""
+
+    root: Path
+    address: "TritonAddress"
+    ports: tuple[int, int, int]
+    running: Running
+
+    @property
+    def log(self) -> str:
+        return (self.root / "server.log").read_text(errors="replace")
+
+
+def start_triton(root: Path, timeout: float = 90) -> Serving:
+    """Triton over this root, ready: known bytes came back and everything routed is loaded."""
+    from tasks.serving import TritonAddress
+
+    root.mkdir(parents=True, exist_ok=True)
+    key = root / "admin-key"
+    key.write_text("key-of-the-tests")
+    http, grpc, metrics = services.free_ports(3)
+    service = services.triton(SOURCE, TRITON_PYTHON, root, (http, grpc, metrics), key)
+    running = start(service, root / "server.log", timeout)
+    address = TritonAddress(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", "key-of-the-tests")
+    return Serving(root, address, (http, grpc, metrics), running)
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., Serving]:
+    """`serve(root)`: a Triton server of the test's own; the test stops it."""
+    return start_triton
+
+
+@pytest.fixture(scope="session")
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A real Triton server with nothing in production; each test uses a model name of its own."""
+    serving = start_triton(tmp_path_factory.mktemp("triton"))
+    yield serving
+    serving.running.stop()
+
+
+@pytest.fixture(scope="session")
+def small_network(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """`small_network(seed)`: a `cnn` for three classes at 32 px as ONNX, made once for every seed. Its weights are random,
+    its head is centred on `photograph`s so that every class occurs.
+    """
+    import torch
+
+    from tasks.model import build_model, image_network
+    from tasks.onnx_export import export_onnx
+
+    made: dict[int, Path] = {}
+
+    def network(seed: int = 0) -> Path:
+        if seed not in made:
+            torch.manual_seed(seed)
+            built = image_network("cnn", build_model("cnn", 3, pretrained=False)).eval()
+            with torch.no_grad():
+                coarse = torch.randint(0, 256, (128, 3, 8, 8)).float()
+                smooth = torch.nn.functional.interpolate(coarse, 32, mode="bilinear")  # what `photograph` draws
+                _, embedding = built(smooth.permute(0, 2, 3, 1).to(torch.uint8))
+                head = built.classifier.head
+                head.weight *= 4 / (head.weight @ (embedding - embedding.mean(0)).T).std()
+                head.bias.copy_(-(head.weight @ embedding.mean(0)))
+            made[seed] = tmp_path_factory.mktemp("network") / f"{seed}.onnx"
+            export_onnx(built, 32, made[seed])
+        return made[seed]
+
+    return network
+
+
+@pytest.fixture(scope="session")
+def describe() -> Callable[..., "SealedVersion"]:
+    """`describe(model, version, **changes)`: what a sealed version of a `small_network` says about itself."""
+    from dataclasses import replace
+
+    from tasks.decision import DecisionRule
+    from tasks.images import CURRENT
+    from tasks.model_repository import network_name
+    from tasks.sealed import SealedVersion
+
+    def described(model: str, version: int = 1, **changes: object) -> SealedVersion:
+        rule = DecisionRule(("cut", "good", "worn"), ("cut", "worn"), 0.6)
+        made = SealedVersion(
+            *(model, version, network_name(model, 32), rule, CURRENT, 32, model, 10 + version),
+            *(f"sha256:{version:064x}", f"run-{version}", "commit", "float32", {"torch": "2"}),
+        )
+        return replace(made, **changes)  # type: ignore[arg-type]
+
+    return described

@@ -10,6 +10,7 @@ The standard library and numpy only.
 
 import argparse
 import ctypes
+import fcntl
 import hashlib
 import http.client
 import json
@@ -22,8 +23,12 @@ import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import numpy as np
 from preflight import problems, shared_library
+
+try:
+    import numpy as np
+except ModuleNotFoundError:  # said in a sentence by check_machine
+    np = None
 
 SOURCE = Path(__file__).resolve().parent
 RESTRICTED = "model-repository,model-config,shared-memory,statistics,trace,logging"
@@ -56,30 +61,54 @@ def serve(chosen):
     check_machine()
     root = chosen.root.resolve()
     prefix = shm_prefix(root)
+    held = hold(root)
     clean(prefix)
     key = chosen.admin_key_file.read_text().strip() if chosen.admin_key_file else None
     line = command(root, chosen, prefix, key)
     server = subprocess.Popen(line, env=environment(), preexec_fn=_die_with_parent)  # noqa: PLW1509  (one thread here)
+    told = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.terminate())
+        signal.signal(number, lambda *_: (told.append(True), server.terminate()))
     try:
-        wait_until_live(server, chosen.http_port)
-        check_echo(chosen.http_port)
-        for model in routed_models(root):
-            if server.poll() is None:
-                load(chosen.http_port, model, key)
-        load_selfcheck_ready(root, chosen.http_port, key)
+        bring_up(server, root, chosen.http_port, key)
         print("serving", flush=True)
         return server.wait()
+    except (Refusal, OSError) as error:
+        if told:  # the server went because we were told to stop: nothing failed
+            return 0
+        raise error if isinstance(error, Refusal) else Refusal(f"tritonserver stopped answering ({error}).") from error
     finally:
         end(server)
         clean(prefix)
+        held.close()
+
+
+def bring_up(server, root, port, key):
+    """Waits for the server, proves that bytes pass unchanged, then loads what is routed."""
+    wait_until_live(server, port)
+    check_echo(port)
+    for model in routed_models(root):
+        load(port, model, key)
+    load_selfcheck_ready(root, port, key)
+
+
+def hold(root):
+    """An open, locked file: one server a root. The kernel lets go of it however this process ends."""
+    (root / "model_repository").mkdir(parents=True, exist_ok=True)  # without it the server loads nothing at all
+    file = (root / "server.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Refusal(f"another server runs on {root}: stop it first, or give another --root.") from None
+    return file
 
 
 def check_machine():
     """Raises Refusal for a machine or an environment that would not serve right."""
     missing = problems()
-    if int(np.__version__.split(".")[0]) >= 2:
+    if np is None:
+        missing.append("numpy is not installed in this environment: run `make install`.")
+    elif int(np.__version__.split(".")[0]) >= 2:
         missing.append(
             f"numpy {np.__version__} is installed and this server reads every input as garbage with numpy 2: "
             "install triton/requirements.lock into the serving environment (make install)."
@@ -188,21 +217,32 @@ def shm_prefix(root):
 
 
 def clean(prefix):
-    """Ends stubs and removes regions that a killed server of the same root left behind."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
+    """Ends the server and the stubs that a killed launcher of the same root left behind, and removes their regions."""
+    left = leftovers(prefix)
+    for process in left:
         try:
-            arguments = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
             continue
-        if any(argument.startswith(prefix.encode()) for argument in arguments[1:]):
-            try:
-                os.kill(int(entry.name), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+    deadline = time.monotonic() + 10
+    while any(process in left for process in leftovers(prefix)) and time.monotonic() < deadline:
+        time.sleep(0.02)  # until they are gone they hold the ports
     for region in Path("/dev/shm").glob(f"{prefix}*"):
         region.unlink(missing_ok=True)
+
+
+def leftovers(prefix):
+    """Process ids of tritonserver and its stubs that carry the prefix in their command line."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            program, *arguments = file.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it ended meanwhile
+            continue
+        ours = Path(program).name in ("tritonserver", "triton_python_backend_stub")
+        if ours and any(prefix in argument for argument in arguments):
+            found.append(int(file.parent.name))
+    return found
 
 
 def wait_until_live(server, port):
