@@ -203,7 +203,13 @@ def install_front_door(
         ("spool_bytes", settings.spool_bytes),
     ):
         config = config.replace(f"${{{key}}}", str(value))
+    bytecode = directory / "1" / "__pycache__"
+    if bytecode.is_dir():
+        shutil.rmtree(bytecode)
     for path, text in (
+        # A file where the interpreter would put its folder: bytecode written there counts as a change of the model, and
+        # the next `load` would start every process of the front door anew. The stub ignores PYTHONDONTWRITEBYTECODE.
+        (bytecode, ""),
         (directory / "1" / "model.py", (template / "1" / "model.py").read_text()),
         (directory / "config.pbtxt", config),
     ):

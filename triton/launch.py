@@ -36,6 +36,7 @@ ADMIN_HEADER = "tirewatch-admin"
 READY_WITHIN = 60.0
 LOAD_WITHIN = 300.0
 SELFCHECK = "selfcheck"
+BYTECODE = shutil.ignore_patterns("__pycache__")
 
 
 class Refusal(RuntimeError):
@@ -170,7 +171,6 @@ def environment():
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         "LD_LIBRARY_PATH": ":".join(folder for folder in libraries if folder and folder != "."),
-        "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
@@ -191,7 +191,7 @@ def backends(root):
     stub = python / "triton_python_backend_stub"
     shutil.copy2(files / "python_backend_stubs" / version / stub.name, stub)
     stub.chmod(0o755)
-    shutil.copytree(SOURCE / "backends" / "onnxruntime", unfinished / "onnxruntime")
+    shutil.copytree(SOURCE / "backends" / "onnxruntime", unfinished / "onnxruntime", ignore=BYTECODE)
     shutil.rmtree(directory, ignore_errors=True)
     unfinished.rename(directory)
     return directory
@@ -201,7 +201,7 @@ def selfcheck_repository(root):
     """A repository of its own for the echo, version 1 only; version 2 appears when all is loaded."""
     directory = root / "selfcheck"
     shutil.rmtree(directory, ignore_errors=True)
-    shutil.copytree(SOURCE / "selfcheck", directory / SELFCHECK)
+    shutil.copytree(SOURCE / "selfcheck", directory / SELFCHECK, ignore=BYTECODE)
     return directory
 
 
