@@ -19,8 +19,9 @@ from tasks.images import decode
 from tasks.inference import Accelerator, open_network
 from tasks.model_repository import NETWORK_FILE
 from tasks.parity import compare, golden_indices
+from tasks.scratch import ScratchServer
 from tasks.sealed import SealedVersion, read_sealed
-from tasks.serving import ScratchServer, ServedEvaluation, TritonAddress, evaluate_served, infer_network
+from tasks.serving import ServedEvaluation, TritonAddress, evaluate_served, infer_network
 from tasks.storage import Store
 
 if TYPE_CHECKING:

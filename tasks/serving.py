@@ -1,35 +1,23 @@
-"""The client side of Triton: load and check versions, ask the front door, evaluate under load, run a scratch server."""
+"""The client side of Triton: load and check versions, ask the front door, evaluate under load."""
 
 import asyncio
 import json
 import logging
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.inference import Accelerator
-from tasks.model_repository import FrontDoor, Runtime, copy_version, install_front_door
-from tasks.routing import Route, RoutingTable, write_routing
 from tasks.sealed import SealedVersion
 
 Protocol = Literal["grpc", "http"]
 ADMIN_HEADER: Final = "tirewatch-admin"
 LOAD_WITHIN: Final = 300.0  # seconds; a load compiles the network once for every batch size
 ANSWER_WITHIN: Final = 30.0
-LAUNCHER: Final = Path(__file__).parents[1] / "triton" / "launch.py"
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +182,9 @@ async def _evaluate(
         if answer.model_version != version.version:
             errors[index] = f"version {answer.model_version} answered instead of {version.version}"
             return
+        if answer.label not in labels:
+            errors[index] = f"label {answer.label!r} is not among the version's {list(labels)}"
+            return
         probabilities[index], decisions[index] = answer.probabilities, labels[answer.label]
 
     async def lane(client: Any) -> None:
@@ -211,85 +202,6 @@ async def _evaluate(
     return ServedEvaluation(
         decisions, probabilities, errors, float(p50), float(p95), float(p99), len(seconds) / elapsed
     )
-
-
-class ScratchServer:
-    """A server of its own for one sealed version: same launch line, same front door, own root and ports.
-
-    It stands beside the live serving root, on the same file system, and is gone with the `with` block.
-    """
-
-    def __init__(self, python: Path, version: Path, beside: Path, accelerator: Accelerator = "openvino") -> None:
-        self._python = python
-        self._version = version
-        self._beside = beside
-        self._accelerator = accelerator
-        self._process: subprocess.Popen[bytes] | None = None
-        self.root = Path()
-        self.address = TritonAddress("", "")
-
-    def __enter__(self) -> "ScratchServer":
-        self._beside.mkdir(parents=True, exist_ok=True)
-        self.root = Path(tempfile.mkdtemp(prefix="scratch-", dir=self._beside)).resolve()
-        try:
-            sealed = copy_version(self._version, self.root, Runtime(accelerator=self._accelerator))
-            install_front_door(self.root, sealed.model, FrontDoor(capture_share=0.0))
-            write_routing(self.root, RoutingTable(sealed.model, Route(sealed.network, sealed.version)))
-            self._start()
-            self._wait(sealed.model)
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *_: tuple[type[BaseException], BaseException, TracebackType]) -> None:
-        self.close()
-
-    def _start(self) -> None:
-        http, grpc, metrics = _free_ports(3)
-        self.address = TritonAddress(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
-        line = [str(self._python), str(LAUNCHER), "--root", str(self.root)]
-        for name, port in (("http", http), ("grpc", grpc), ("metrics", metrics)):
-            line += [f"--{name}-port", str(port)]
-        with (self.root / "server.log").open("wb") as output:
-            self._process = subprocess.Popen(line, stdout=output, stderr=output, start_new_session=True)
-
-    def _wait(self, model: str, within: float = 90.0) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + within
-        while time.monotonic() < deadline and self._process.poll() is None:
-            if is_version_ready(self.address, "selfcheck", 2):
-                if is_version_ready(self.address, model):
-                    return
-                break
-            time.sleep(0.1)
-        raise NotServed(f"the scratch server does not serve {model}: {self.log()[-2000:]}")
-
-    def log(self) -> str:
-        """What the server has said so far."""
-        return (self.root / "server.log").read_text(errors="replace")
-
-    def close(self) -> None:
-        """End the server and remove its root."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
-        shutil.rmtree(self.root, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for opened in sockets:
-            opened.bind(("127.0.0.1", 0))
-        return [int(opened.getsockname()[1]) for opened in sockets]
-    finally:
-        for opened in sockets:
-            opened.close()
 
 
 def encoded_input(client_module: Any, image: bytes) -> Any:
