@@ -1,511 +1,377 @@
-"""Run the Triton server of the wheel `nvidia-pytriton` on one serving root, without docker: prove it first, then serve.
+"""Starts the embedded Triton server over one serving root, and stays its parent.
 
-    .venv-triton/bin/python triton/launch.py --root DIR --http-port N --grpc-port N --metrics-port N --admin-key-file FILE
+    .venv-triton/bin/python triton/launch.py --root ROOT --http-port P --grpc-port P --metrics-port P --admin-key-file F
 
-It checks the machine, echoes known bytes through the server (with numpy 2 this server reads every input as garbage,
-without any error), loads what `routing/*.json` names, and stays as the server's parent. `/v2/models/selfcheck/versions/2/ready`
-answers 200 once all of that is done. Loopback only. Standard library and numpy only; exit code 78: this machine cannot
-serve, 70: the server failed.
+Order: what is missing on this machine is said in one sentence; what a killed predecessor left is removed; the server starts
+with nothing but an echo; known bytes go through it and must come back (with numpy 2 they would not, without any error);
+only then the models that `routing/*.json` name are loaded. Version 2 of `selfcheck` is ready when everything is.
+The standard library and numpy only.
 """
 
 import argparse
 import ctypes
-import ctypes.util
 import fcntl
 import hashlib
 import http.client
-import importlib.util
 import json
 import os
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-ADMIN_HEADER = "tirewatch-admin"
+from preflight import problems, shared_library
+
+try:
+    import numpy as np
+except ModuleNotFoundError:  # said in a sentence by check_machine
+    np = None
+
+SOURCE = Path(__file__).resolve().parent
 RESTRICTED = "model-repository,model-config,shared-memory,statistics,trace,logging"
-READY = "/v2/models/selfcheck/versions/2/ready"
-START_TIMEOUT = 60.0
-EXIT_TIMEOUT = 10
-CANNOT_SERVE, SERVER_FAILED = 78, 70  # EX_CONFIG and EX_SOFTWARE of sysexits.h
-_SHM = Path("/dev/shm")
-_PR_SET_PDEATHSIG = 1
+ADMIN_HEADER = "tirewatch-admin"
+READY_WITHIN = 60.0
+LOAD_WITHIN = 300.0
+SELFCHECK = "selfcheck"
+BYTECODE = shutil.ignore_patterns("__pycache__")
 
 
-class CannotServe(RuntimeError):
-    """This machine cannot serve correctly; the message is one sentence for the user."""
+class Refusal(RuntimeError):
+    """The server must not serve; the message is one sentence."""
 
 
-class ServerFailed(RuntimeError):
-    """The server ended or did not start."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One serving root and where it listens."""
-
-    root: Path
-    http_port: int
-    grpc_port: int
-    metrics_port: int
-    admin_key: str
-
-    @property
-    def run_directory(self) -> Path:
-        return self.root / "run"
-
-    @property
-    def prefix(self) -> str:
-        """Prefix of this root's shared-memory regions: what is left behind can be told from another server's."""
-        return "tirewatch_" + hashlib.sha256(str(self.root).encode()).hexdigest()[:10]
-
-
-# --- Can this machine serve? ----------------------------------------------------------------------------------------
-
-
-def check_python(version: Sequence[int]) -> None:
-    if tuple(version[:2]) not in ((3, 11), (3, 12)):
-        found = ".".join(map(str, version[:2]))
-        raise CannotServe(f"Python {found} cannot run the server, which needs 3.11 or 3.12: make .venv-triton with one of them")
-
-
-def check_numpy(version: str) -> None:
-    if int(version.split(".")[0]) >= 2:
-        raise CannotServe(
-            f"numpy {version} is installed, with which this server reads every input as garbage: install triton/requirements.lock"
-        )
-
-
-def check_glibc(version: str) -> None:
-    """version: as `os.confstr("CS_GNU_LIBC_VERSION")` gives it, for example `glibc 2.36`."""
-    name, _, number = version.partition(" ")
-    if name != "glibc" or tuple(int(part) for part in number.split(".")[:2]) < (2, 35):
-        raise CannotServe(f"{version or 'no glibc'} found, the server needs glibc 2.35 or newer: use Debian 12, Ubuntu 22.04 or newer")
-
-
-def libpython_directory(directories: Sequence[str], version: Sequence[int]) -> Path:
-    """Where the shared libpython lies which the server's model processes load."""
-    name = f"libpython{version[0]}.{version[1]}.so.1.0"
-    for directory in directories:
-        if directory and (Path(directory) / name).exists():
-            return Path(directory)
-    raise CannotServe(
-        f"{name} was not found in {', '.join(filter(None, directories))}: install libpython{version[0]}.{version[1]} "
-        "(Debian), or use a Python built with --enable-shared"
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, required=True)
+    for port in ("http", "grpc", "metrics"):
+        parser.add_argument(f"--{port}-port", type=int, required=True)
+    parser.add_argument("--admin-key-file", type=Path)
+    parser.add_argument(
+        "--end-with", type=int, help="process id of the parent with which this server ends, however that goes"
     )
+    chosen = parser.parse_args()
+    try:
+        sys.exit(serve(chosen))
+    except Refusal as refusal:
+        print(f"not serving: {refusal}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
-def server_directory() -> Path:
-    """`site-packages` with the server of nvidia-pytriton in it."""
-    spec = importlib.util.find_spec("pytriton")
-    site = Path(spec.origin).parents[1] if spec and spec.origin else None
-    if site is None or not (site / "pytriton" / "tritonserver" / "bin" / "tritonserver").exists():
-        raise CannotServe("nvidia-pytriton, which carries the server, is not installed: install triton/requirements.lock")
-    return site
+def serve(chosen):
+    """Runs the server until it ends or this process is told to; its exit code."""
+    check_machine()
+    end_with_parent(chosen.end_with)
+    root = chosen.root.resolve()
+    prefix = shm_prefix(root)
+    held = hold(root)
+    clean(prefix)
+    key = chosen.admin_key_file.read_text().strip() if chosen.admin_key_file else None
+    line = command(root, chosen, prefix, key)
+    server = subprocess.Popen(line, env=environment(), preexec_fn=_die_with_parent)  # noqa: PLW1509  (one thread here)
+    told = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: (told.append(True), server.terminate()))
+    try:
+        bring_up(server, root, chosen.http_port, key)
+        print("serving", flush=True)
+        return server.wait()
+    except (Refusal, OSError) as error:
+        if told:  # the server went because we were told to stop: nothing failed
+            return 0
+        raise error if isinstance(error, Refusal) else Refusal(f"tritonserver stopped answering ({error}).") from error
+    finally:
+        end(server)
+        clean(prefix)
+        held.close()
 
 
-def preflight() -> tuple[Path, Path]:
-    """(site-packages of the server, directory of libpython). Raises CannotServe with one sentence."""
-    check_python(sys.version_info)
-    check_glibc(os.confstr("CS_GNU_LIBC_VERSION") or "")
-    if importlib.util.find_spec("numpy") is None:
-        raise CannotServe("numpy is not installed here: install triton/requirements.lock")
-    import numpy
-
-    check_numpy(numpy.__version__)
-    if importlib.util.find_spec("tasks") is None:
-        raise CannotServe("tirewatch itself is not installed here: run `make install`, or pip install --no-deps of the project")
-    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
-    places = [sysconfig.get_config_var("LIBDIR") or "", f"/usr/lib/{multiarch}", f"/lib/{multiarch}", "/usr/lib64", "/usr/lib"]
-    return server_directory(), libpython_directory(places, sys.version_info)
+def bring_up(server, root, port, key):
+    """Waits for the server, proves that bytes pass unchanged, then loads what is routed."""
+    wait_until_live(server, port)
+    check_echo(port)
+    for model in routed_models(root):
+        load(port, model, key)
+    load_selfcheck_ready(root, port, key)
 
 
-# --- What the server finds ------------------------------------------------------------------------------------------
+def hold(root):
+    """An open, locked file: one server a root. The kernel lets go of it however this process ends."""
+    (root / "model_repository").mkdir(parents=True, exist_ok=True)  # without it the server loads nothing at all
+    file = (root / "server.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Refusal(f"another server runs on {root}: stop it first, or give another --root.") from None
+    return file
 
 
-def assemble(launch: Launch, site: Path, sources: Path) -> None:
-    """Make `run/`: the backend directory and the self-check model. Copies, because the server refuses symbolic links."""
-    wheel = site / "pytriton" / "tritonserver"
-    backends = launch.run_directory / "backends"
-    shutil.rmtree(backends, ignore_errors=True)
-    shutil.copytree(wheel / "backends" / "python", backends / "python", symlinks=False)
-    stub = wheel / "python_backend_stubs" / f"{sys.version_info[0]}.{sys.version_info[1]}" / "triton_python_backend_stub"
-    (backends / "python" / stub.name).unlink(missing_ok=True)
-    shutil.copy(stub, backends / "python" / stub.name)
-    (backends / "python" / stub.name).chmod(0o755)
-    for backend in (sources / "backends").iterdir():
-        shutil.copytree(backend, backends / backend.name, ignore=shutil.ignore_patterns("__pycache__"))
-    proof = launch.run_directory / "models"
-    shutil.rmtree(proof, ignore_errors=True)
-    shutil.copytree(sources / "selfcheck", proof / "selfcheck", ignore=shutil.ignore_patterns("__pycache__"))
-    (launch.root / "model_repository").mkdir(parents=True, exist_ok=True)
+def check_machine():
+    """Raises Refusal for a machine or an environment that would not serve right."""
+    missing = problems()
+    if np is None:
+        missing.append("numpy is not installed in this environment: run `make install`.")
+    elif int(np.__version__.split(".")[0]) >= 2:
+        missing.append(
+            f"numpy {np.__version__} is installed and this server reads every input as garbage with numpy 2: "
+            "install triton/requirements.lock into the serving environment (make install)."
+        )
+    try:
+        distribution("nvidia-pytriton")
+    except PackageNotFoundError:
+        missing.append("nvidia-pytriton is not installed here: run `make install`.")
+    if missing:
+        raise Refusal(" ".join(missing))
 
 
-def server_command(launch: Launch, site: Path) -> list[str]:
-    wheel = site / "pytriton" / "tritonserver"
-    flags = {
-        "model-control-mode": "explicit",
-        "load-model": "selfcheck",
-        "backend-directory": launch.run_directory / "backends",
-        "strict-readiness": "false",  # the strict one is false during every load, and for ever after a failed one
-        "exit-on-error": "false",
-        "exit-timeout-secs": EXIT_TIMEOUT,  # idle keep-alive connections hold the exit until then
-        "http-address": "127.0.0.1",
-        "grpc-address": "127.0.0.1",
-        "metrics-address": "127.0.0.1",
-        "http-port": launch.http_port,
-        "grpc-port": launch.grpc_port,
-        "metrics-port": launch.metrics_port,
-        "http-thread-count": 2,
-        "model-load-thread-count": 1,  # a load must not take both cores from the serving
-        "allow-sagemaker": "false",
-        "allow-vertex-ai": "false",
-        "allow-gpu-metrics": "false",
-        # The server has no other way in for these keys than its arguments: other users of the machine can read them.
-        "http-restricted-api": f"{RESTRICTED}:{ADMIN_HEADER}={launch.admin_key}",
-        "grpc-restricted-protocol": f"{RESTRICTED}:{ADMIN_HEADER}={launch.admin_key}",
-    }
-    repositories = (launch.root / "model_repository", launch.run_directory / "models")
-    backend = {
-        "shm-region-prefix-name": launch.prefix,
-        "shm-default-byte-size": 4 * 2**20,
-        "shm-growth-byte-size": 4 * 2**20,
-        "stub-timeout-seconds": 60,
-    }
-    return [
-        str(wheel / "bin" / "tritonserver"),
-        *(f"--model-repository={path}" for path in repositories),
-        *(f"--{flag}={value}" for flag, value in flags.items()),
-        *(f"--backend-config=python,{key}={value}" for key, value in backend.items()),
+def installed():
+    """The folder of the server's files inside the nvidia-pytriton wheel."""
+    return Path(str(distribution("nvidia-pytriton").locate_file("pytriton"))) / "tritonserver"
+
+
+def command(root, chosen, prefix, key):
+    """The launch line; a scratch server has the same one."""
+    line = [
+        str(installed() / "bin" / "tritonserver"),
+        f"--model-repository={root / 'model_repository'}",
+        f"--model-repository={selfcheck_repository(root)}",
+        f"--backend-directory={backends(root)}",
+        "--model-control-mode=explicit",
+        f"--load-model={SELFCHECK}",
+        "--strict-readiness=false",  # else false during every load, and for ever after a failed one
+        "--exit-on-error=false",
+        "--exit-timeout-secs=10",  # an idle keep-alive connection would hold it for 30
+        "--model-load-thread-count=1",  # a load must not take both cores from those who are served
+        "--http-thread-count=4",
+        "--http-address=127.0.0.1",
+        "--grpc-address=127.0.0.1",
+        "--metrics-address=127.0.0.1",
+        f"--http-port={chosen.http_port}",
+        f"--grpc-port={chosen.grpc_port}",
+        f"--metrics-port={chosen.metrics_port}",
+        "--metrics-config=summary_latencies=true",
+        f"--backend-config=python,shm-region-prefix-name={prefix}",
+        "--backend-config=python,shm-default-byte-size=4194304",
+        "--backend-config=python,stub-timeout-seconds=60",
+        "--allow-gpu-metrics=false",
     ]
+    if key:
+        # Anyone on this machine can read it in the process list: a fence, not authentication.
+        line.append(f"--http-restricted-api={RESTRICTED}:{ADMIN_HEADER}={key}")
+        line.append(f"--grpc-restricted-protocol={RESTRICTED}:{ADMIN_HEADER}={key}")
+    return line
 
 
-def server_environment(site: Path, libpython: Path) -> dict[str, str]:
-    """Only what the server needs: the credentials of the stack around it stay outside."""
-    kept = {name: os.environ[name] for name in ("HOME", "LANG", "LC_ALL", "TMPDIR", "TZ") if name in os.environ}
-    return kept | {
-        # The model processes embed the `python3` found first here; PYTHONPATH would not replace its site-packages.
-        "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
-        "LD_LIBRARY_PATH": f"{site / 'nvidia_pytriton.libs'}:{libpython}",
+def environment():
+    """The stub embeds the `python3` that is first on PATH, and links the shared libpython."""
+    libraries = [
+        str(Path(str(distribution("nvidia-pytriton").locate_file("nvidia_pytriton.libs")))),
+        str(Path(shared_library()).parent),
+        os.environ.get("LD_LIBRARY_PATH", ""),
+    ]
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
+        "LD_LIBRARY_PATH": ":".join(folder for folder in libraries if folder and folder != "."),
         "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "OPENBLAS_NUM_THREADS": "1",
     }
 
 
-# --- Leftovers ------------------------------------------------------------------------------------------------------
+def backends(root):
+    """The backend directory, assembled anew: copies, because the server refuses symlinks that lead out of it."""
+    directory = root / "backends"
+    unfinished = root / f".backends-{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    files = installed()
+    python = unfinished / "python"
+    python.mkdir(parents=True)
+    for file in (files / "backends" / "python").iterdir():
+        if file.is_file():
+            shutil.copy2(file, python / file.name)
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    stub = python / "triton_python_backend_stub"
+    shutil.copy2(files / "python_backend_stubs" / version / stub.name, stub)
+    stub.chmod(0o755)
+    shutil.copytree(SOURCE / "backends" / "onnxruntime", unfinished / "onnxruntime", ignore=BYTECODE)
+    shutil.rmtree(directory, ignore_errors=True)
+    unfinished.rename(directory)
+    return directory
 
 
-def processes_of(prefix: str) -> list[int]:
-    """Servers and model processes that carry the prefix in their command line."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
+def selfcheck_repository(root):
+    """A repository of its own for the echo, version 1 only; version 2 appears when all is loaded."""
+    directory = root / "selfcheck"
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(SOURCE / "selfcheck", directory / SELFCHECK, ignore=BYTECODE)
+    return directory
+
+
+def load_selfcheck_ready(root, port, key):
+    model = root / "selfcheck" / SELFCHECK
+    shutil.copytree(model / "1", model / "2")
+    load(port, SELFCHECK, key)
+
+
+def shm_prefix(root):
+    """Prefix of this root's shared-memory regions; the stubs carry it in their command line."""
+    return f"tirewatch_{hashlib.sha256(str(root).encode()).hexdigest()[:12]}_"
+
+
+def clean(prefix):
+    """Ends the server and the stubs that a killed launcher of the same root left behind, and removes their regions."""
+    left = leftovers(prefix)
+    for process in left:
         try:
-            command = (entry / "cmdline").read_bytes()
-        except OSError:  # it ended while we looked
-            continue
-        program = command.split(b"\0", 1)[0]
-        if program.endswith((b"/tritonserver", b"/triton_python_backend_stub")) and prefix.encode() in command:
-            found.append(int(entry.name))
-    return found
-
-
-def clean_up(prefix: str) -> None:
-    """End what a former run of this root left behind, and remove its shared memory."""
-    for pid in processes_of(prefix):
-        try:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    deadline = time.monotonic() + 5
-    while processes_of(prefix) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for region in _SHM.glob(f"*{prefix}*"):
+    deadline = time.monotonic() + 10
+    while any(process in left for process in leftovers(prefix)) and time.monotonic() < deadline:
+        time.sleep(0.02)  # until they are gone they hold the ports
+    for region in Path("/dev/shm").glob(f"{prefix}*"):
         region.unlink(missing_ok=True)
 
 
-# --- Talking to the server ------------------------------------------------------------------------------------------
+def leftovers(prefix):
+    """Process ids of tritonserver and its stubs that carry the prefix in their command line."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            program, *arguments = file.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it ended meanwhile
+            continue
+        ours = Path(program).name in ("tritonserver", "triton_python_backend_stub")
+        if ours and any(prefix in argument for argument in arguments):
+            found.append(int(file.parent.name))
+    return found
 
 
-def post(port: int, path: str, body: bytes = b"", headers: dict[str, str] | None = None, timeout: float = 60) -> tuple[int, dict[str, str], bytes]:
-    """(status, lower-case headers, body)."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
-        connection.request("POST", path, body, {"Connection": "close"} | (headers or {}))
-        answer = connection.getresponse()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
-    finally:
-        connection.close()
+def wait_until_live(server, port):
+    deadline = time.monotonic() + READY_WITHIN
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise Refusal(f"tritonserver ended with {server.returncode} at its start; its own words are above.")
+        try:
+            if request(port, "GET", f"/v2/models/{SELFCHECK}/ready")[0] == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.05)
+    raise Refusal(f"tritonserver did not answer on 127.0.0.1:{port} within {READY_WITHIN:.0f} s.")
 
 
-def is_ready(port: int, path: str) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", path, headers={"Connection": "close"})
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-    finally:
-        connection.close()
+def known_tensors():
+    """Several types and shapes, none of them symmetric: what a wrong stride or width would change."""
+    counting = np.arange(3 * 5 * 7 * 3)
+    return {
+        "bytes": ("UINT8", (np.arange(1021) * 37 % 251).astype(np.uint8)),
+        "pixels": ("UINT8", (counting * 31 % 253).astype(np.uint8).reshape(3, 5, 7, 3)),
+        "floats": ("FP32", np.linspace(-1e3, 1e3, 391, dtype=np.float32).reshape(17, 23)),
+        "integers": ("INT64", np.array([1, -2, 3, 2**40], dtype=np.int64)),
+    }
 
 
-def known_tensors() -> Iterator[tuple[str, object]]:
-    """(input name, array): bytes, shapes and types as the real models exchange them, none of them constant."""
-    import numpy as np
-
-    for length in (1, 5, 4097, 70001):
-        yield "bytes", (np.arange(length, dtype=np.int64) * 37 % 251).astype(np.uint8)
-    for shape in ((1, 2, 2, 3), (2, 33, 17, 3), (3, 64, 64, 3)):
-        yield "pixels", (np.arange(np.prod(shape), dtype=np.int64) * 91 % 256).astype(np.uint8).reshape(shape)
-    yield "floats", np.linspace(-1e6, 1e6, 21, dtype=np.float32).reshape(3, 7)
-    yield "integers", np.array([1, -2, 2**62, -(2**62), 3], dtype=np.int64)
-
-
-def echo(port: int, name: str, array: object, timeout: float = 20) -> object:
-    """The array as it came back from the server. Raises CannotServe when the answer is not even of the same size."""
-    import numpy as np
-
-    types = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64"}
-    data = array.tobytes()
-    head = json.dumps(
-        {
-            "inputs": [
-                {
-                    "name": name,
-                    "shape": list(array.shape),
-                    "datatype": types[array.dtype.name],
-                    "parameters": {"binary_data_size": len(data)},
-                }
-            ],
-            "outputs": [{"name": name, "parameters": {"binary_data": True}}],
-        }
-    ).encode()
-    headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
-    status, answered, body = post(port, "/v2/models/selfcheck/infer", head + data, headers, timeout)
-    returned = body[int(answered.get("inference-header-content-length", len(body))) :]
-    if status != 200 or len(returned) != len(data):
-        raise CannotServe(
-            f"the server answered {status} with {len(returned)} of {len(data)} bytes to the self-check: it would corrupt every "
-            "input; check that its environment is made from triton/requirements.lock"
-        )
-    return np.frombuffer(returned, dtype=array.dtype).reshape(array.shape)
-
-
-def prove(port: int) -> None:
-    """Echo known bytes through the server. Raises CannotServe when any come back changed."""
-    import numpy as np
-
-    for name, sent in known_tensors():
-        received = echo(port, name, sent)
-        if not np.array_equal(sent, received):
-            changed = int(np.count_nonzero(sent != received))
-            raise CannotServe(
-                f"{changed} of {sent.size} known {name} came back changed ({sent.dtype} {list(sent.shape)}): the server would "
-                "corrupt every input; check that its environment is made from triton/requirements.lock"
+def check_echo(port):
+    """Raises Refusal when known tensors come back changed."""
+    for name, (kind, sent) in known_tensors().items():
+        came = echo(port, name, kind, sent)
+        if came.shape != sent.shape or not np.array_equal(came, sent):
+            raise Refusal(
+                f"known {kind} values came back changed through the Python backend ({name}: sent {sent.ravel()[:4].tolist()}, "
+                f"got {came.ravel()[:4].tolist()}): the serving environment does not fit this server, run `make install`."
             )
 
 
-def load(launch: Launch, model: str) -> str | None:
-    """Load or reload the model; None when it worked, else what the server said."""
-    headers = {ADMIN_HEADER: launch.admin_key, "Content-Type": "application/json"}
-    status, _, body = post(launch.http_port, f"/v2/repository/models/{model}/load", b"{}", headers, timeout=300)
-    return None if status == 200 else body.decode(errors="replace").strip()
-
-
-def load_everything(launch: Launch) -> None:
-    """Load what the routing tables name, then the front doors. What fails is reported; the rest is served."""
-    from tasks.model_repository import front_doors
-    from tasks.routing import read_routing
-
-    doors = front_doors(launch.root)
-    routes = []
-    for model in doors:
-        try:
-            table = read_routing(launch.root, model)
-        except ValueError as error:
-            say(f"{model} has no usable routing: {error}")
-            continue
-        routes += table.routes if table else ()
-    for name in [*dict.fromkeys(route.network for route in routes), *doors]:
-        if problem := load(launch, name):
-            say(f"{name} could not be loaded: {problem}")
-    for route in routes:
-        if not is_ready(launch.http_port, f"/v2/models/{route.network}/versions/{route.version}/ready"):
-            say(f"{route.network} version {route.version} is routed but not ready: see above, or roll back")
-
-
-# --- One life -------------------------------------------------------------------------------------------------------
-
-
-def start_server(launch: Launch, site: Path, libpython: Path) -> subprocess.Popen[bytes]:
-    """Start tritonserver so that it ends when this process does, however that ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getpid()
-
-    def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # the parent died before the line above
-            os._exit(1)
-
-    return subprocess.Popen(
-        server_command(launch, site),
-        env=server_environment(site, libpython),
-        cwd=launch.run_directory,
-        preexec_fn=die_with_parent,  # noqa: PLW1509  (no other thread runs here)
-        start_new_session=True,  # a signal to our process group reaches the server once, through us
+def echo(port, name, kind, sent):
+    """The tensor as the server gives it back, over the binary tensor extension of HTTP."""
+    data = sent.tobytes()
+    described = {
+        "name": name,
+        "shape": list(sent.shape),
+        "datatype": kind,
+        "parameters": {"binary_data_size": len(data)},
+    }
+    asked = {"inputs": [described], "outputs": [{"name": name, "parameters": {"binary_data": True}}]}
+    header = json.dumps(asked).encode()
+    status, answer, headers = request(
+        port,
+        "POST",
+        f"/v2/models/{SELFCHECK}/infer",
+        header + data,
+        {"Inference-Header-Content-Length": str(len(header)), "Content-Type": "application/octet-stream"},
     )
+    if status != 200:
+        raise Refusal(f"the echo of {name} failed with HTTP {status}: {answer[:300].decode(errors='replace')}")
+    length = int(headers.get("Inference-Header-Content-Length", len(answer)))
+    output = json.loads(answer[:length])["outputs"][0]
+    return np.frombuffer(answer[length:], dtype=sent.dtype).reshape(output["shape"]) if answer[length:] else sent[:0]
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], port: int, path: str) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while not is_ready(port, path):
-        if process.poll() is not None:
-            raise ServerFailed(f"tritonserver ended with {process.returncode} while it started: its own lines above say why")
-        if time.monotonic() > deadline:
-            raise ServerFailed(f"{path} was not ready in {START_TIMEOUT:.0f} s: the server's own lines above say why")
-        time.sleep(0.05)
-
-
-def reveal_readiness(launch: Launch) -> None:
-    """Load version 2 of the self-check, the last thing to become ready."""
-    directory = launch.run_directory / "models" / "selfcheck"
-    (directory / "1").rename(directory / "2")
-    if problem := load(launch, "selfcheck"):
-        raise ServerFailed(f"the self-check model could not be loaded again: {problem}")
-
-
-def dead_model_processes(server: int) -> list[int]:
-    """Model processes that died under the server: nobody waits for them and they never come back (server#7347)."""
-    try:
-        children = [
-            child for task in Path(f"/proc/{server}/task").iterdir() for child in (task / "children").read_text().split()
-        ]
-        return [int(child) for child in children if _state(child) == "Z"]
-    except OSError:  # the server is ending
-        return []
-
-
-def _state(pid: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
-def watch(process: subprocess.Popen[bytes]) -> None:
-    """Return when the server ends. Raises ServerFailed when a model process of it died, which it does not notice itself."""
-    suspects: set[int] = set()
-    while process.poll() is None:
-        dead = set(dead_model_processes(process.pid))
-        if dead & suspects:  # seen twice: one that is being unloaded is a zombie for a moment only
-            raise ServerFailed(f"model process {min(dead & suspects)} died and does not come back: the server must be started again")
-        suspects = dead
+def routed_models(root):
+    """What the routing tables name: the network models first, then the front doors that need them."""
+    networks, doors = set(), []
+    for path in sorted((root / "routing").glob("*.json")):
         try:
-            process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
+            table = json.loads(path.read_text())
+            networks |= {table[role]["network"] for role in ("champion", "previous", "challenger") if table.get(role)}
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"{path} is no routing table ({error}): {path.stem} is not served", file=sys.stderr, flush=True)
             continue
-    if process.returncode != 0:
-        raise ServerFailed(f"tritonserver ended with {process.returncode}")
+        doors.append(path.stem)
+    return [*sorted(networks), *doors]
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server, gently if it can."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=EXIT_TIMEOUT + 3)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def load(port, model, key):
+    """Loads one model. A model that fails is said aloud and does not keep the others from serving."""
+    headers = {ADMIN_HEADER: key} if key else {}
+    status, answer, _ = request(port, "POST", f"/v2/repository/models/{model}/load", b"{}", headers, LOAD_WITHIN)
+    if status != 200:
+        print(
+            f"{model} was not loaded (HTTP {status}): {answer[:1000].decode(errors='replace')}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
-def hold(launch: Launch) -> object:
-    """The lock of this root, held as long as the returned file is open. Raises CannotServe when another holds it."""
-    launch.run_directory.mkdir(parents=True, exist_ok=True)
-    lock = (launch.run_directory / "lock").open("a+")
+def request(port, method, path, body=None, headers=None, timeout=10.0):
+    """(status, body, headers) of one HTTP request to the server. Raises OSError while nobody listens."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise CannotServe(f"process {lock.read().strip() or '?'} already serves {launch.root}: stop it first") from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
-    return lock
-
-
-def admin_key(path: Path) -> str:
-    """The key in the file; a new one is made where there is none."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as output:
-            output.write(secrets.token_hex(24) + "\n")
-    key = path.read_text().strip()
-    if not key.isalnum():
-        raise CannotServe(f"the admin key in {path} must be letters and digits only: remove the file to get a new one")
-    return key
-
-
-def serve(launch: Launch, sources: Path) -> int:
-    """Everything from the checks to the end of the server. Returns the exit code."""
-    site, libpython = preflight()
-    lock = hold(launch)
-    clean_up(launch.prefix)
-    assemble(launch, site, sources)
-    process = start_server(launch, site, libpython)
-    try:
-        wait_until_ready(process, launch.http_port, "/v2/models/selfcheck/versions/1/ready")
-        prove(launch.http_port)
-        load_everything(launch)
-        reveal_readiness(launch)
-        say(f"serving {launch.root}: http 127.0.0.1:{launch.http_port}, grpc 127.0.0.1:{launch.grpc_port}")
-        watch(process)
-    except SystemExit:  # SIGTERM or SIGINT, see `main`
-        say("stopping")
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        return answer.status, answer.read(), answer.headers
+    except http.client.HTTPException as error:
+        raise OSError(str(error)) from error
     finally:
-        stop(process)
-        clean_up(launch.prefix)
-        lock.close()
-    return 0
+        connection.close()
 
 
-def say(sentence: str) -> None:
-    print(f"launch: {sentence}", file=sys.stderr, flush=True)
+def end(server):
+    if server.poll() is None:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
-def _exit_on_signal(signum: int, _: object) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the stop that follows is not to be interrupted
-    raise SystemExit(0)
+def end_with_parent(parent):
+    """A scratch server must not outlive the flow run that asked for it."""
+    if parent is None:
+        return
+    _die_with_parent()
+    if os.getppid() != parent:
+        raise Refusal(f"process {parent}, for which this server was started, is gone.")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="serving root: model_repository/, routing/, spool/")
-    for name in ("http", "grpc", "metrics"):
-        parser.add_argument(f"--{name}-port", type=int, required=True)
-    parser.add_argument("--admin-key-file", type=Path, required=True, help="key of model control; made if absent")
-    given = parser.parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _exit_on_signal)
-    try:
-        key = admin_key(given.admin_key_file)
-        launch = Launch(given.root.resolve(), given.http_port, given.grpc_port, given.metrics_port, key)
-        return serve(launch, Path(__file__).resolve().parent)
-    except CannotServe as error:
-        say(str(error))
-        return CANNOT_SERVE
-    except (ServerFailed, http.client.HTTPException, OSError) as error:
-        say(str(error))
-        return SERVER_FAILED
+def _die_with_parent():
+    """Linux: this process gets SIGTERM when its parent is gone, however it went."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
