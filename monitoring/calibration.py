@@ -124,7 +124,9 @@ def embedding_gap(kernel: Kernel, reference: Floats, window: Floats, weights: ND
     return float(np.sqrt(max(0.0, float(squared))))
 
 
-def distances(reference: Sample, window: Sample, kernel: Kernel, weights: NDArray[Any] | None = None) -> dict[str, float]:
+def distances(
+    reference: Sample, window: Sample, kernel: Kernel, weights: NDArray[Any] | None = None
+) -> dict[str, float]:
     """One number for each of DISTANCES. weights [N] of the reference rows; None: equal."""
     before, after = reference.numbers, window.numbers
     found = {
@@ -192,7 +194,8 @@ def _null_distances(
 def _drawn(rng: np.random.Generator, draws: int, size: int, count: int) -> NDArray[np.float64]:
     """[draws, count]: share of each of `count` rows in samples of `size` drawn with replacement."""
     rows = rng.integers(0, count, (draws, size)) + np.arange(draws)[:, None] * count
-    return np.bincount(rows.ravel(), minlength=draws * count).reshape(draws, count) / size
+    counts = np.bincount(rows.ravel(), minlength=draws * count).reshape(draws, count)
+    return np.asarray(counts / size, dtype=np.float64)
 
 
 def _ends(ordered: NDArray[Any]) -> NDArray[np.bool_]:

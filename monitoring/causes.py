@@ -11,7 +11,7 @@ matter of the defect rate. First honest version: a change-over of *all* products
 or sharpness looks like a camera, which is why the action says to look at the pictures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -104,7 +104,9 @@ def _least_ratio(reference: Floats, window: Floats, weights: NDArray[Any] | None
     least = 1.0
     for wanted in _MASSES:
         edge = reference[order][min(int(np.searchsorted(cumulated, wanted)), len(order) - 1)]
-        share = float(cumulated[np.searchsorted(reference[order], edge, side="right") - 1])  # with those equal to the edge
+        share = float(
+            cumulated[np.searchsorted(reference[order], edge, side="right") - 1]
+        )  # with those equal to the edge
         inside = int((window <= edge).sum())
         if inside < len(window):
             most = float(beta.ppf(_CONFIDENCE, inside + 1, len(window) - inside))
@@ -130,9 +132,11 @@ def _beyond(
     return {name: value for name, value in found.items() if value > thresholds[name] * scale}
 
 
-def _camera(reference: Sample, newest: Sample, moved: list[str], unchanged: float) -> Cause:
+def _camera(reference: Sample, newest: Sample, moved: Sequence[str], unchanged: float) -> Cause:
     signs = camera_signs(reference, newest, moved)
-    share = f"At least {1 - unchanged:.0%} of the newest photographs changed" if unchanged < 1 else "Photographs changed"
+    share = (
+        f"At least {1 - unchanged:.0%} of the newest photographs changed" if unchanged < 1 else "Photographs changed"
+    )
     return Cause(
         "camera",
         f"{share}, whatever is on them: {', '.join(sign for sign, _ in signs)}.",
@@ -141,7 +145,7 @@ def _camera(reference: Sample, newest: Sample, moved: list[str], unchanged: floa
     )
 
 
-def camera_signs(reference: Sample, window: Sample, moved: list[str]) -> list[tuple[str, str]]:
+def camera_signs(reference: Sample, window: Sample, moved: Sequence[str]) -> list[tuple[str, str]]:
     """(what is seen, what to check) of photographic statistics that moved."""
     before, after = (np.median(each.statistics, axis=0) for each in (reference, window))
     change = {name: float(b - a) for name, a, b in zip(STATISTICS, before, after, strict=True)}
@@ -157,7 +161,9 @@ def camera_signs(reference: Sample, window: Sample, moved: list[str]) -> list[tu
     if "sharpness" in moved and ratio["sharpness"] < 1:
         signs.append((f"blurred (sharpness x {ratio['sharpness']:.2f})", "check focus, vibration and dirt on the lens"))
     elif "sharpness" in moved:
-        signs.append((f"sharper or noisier (sharpness x {ratio['sharpness']:.2f})", "check gain, sensor and sharpening"))
+        signs.append(
+            (f"sharper or noisier (sharpness x {ratio['sharpness']:.2f})", "check gain, sensor and sharpening")
+        )
     if "aspect" in moved:
         signs.append((f"another format (width / height {after[-1]:.2f})", "check resolution, cropping and mounting"))
     if not signs:

@@ -4,7 +4,6 @@ Three views, one verdict: statistics of the photographs, the embedding of the ne
 same distances, against thresholds calibrated for exactly this reference and this window size (calibration.py).
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -158,9 +157,7 @@ def save_evidently(reference: Sample, window: Sample, result: DriftResult, path:
     _register_distances()
     numbers = [*STATISTICS, SCORE]
     definition = DataDefinition(numerical_columns=numbers, categorical_columns=[LABELS])
-    current, before = (
-        Dataset.from_pandas(_frame(each), data_definition=definition) for each in (window, reference)
-    )
+    current, before = (Dataset.from_pandas(_frame(each), data_definition=definition) for each in (window, reference))
     preset = DataDriftPreset(
         columns=[*numbers, LABELS],
         num_method="ks_distance",
