@@ -229,9 +229,10 @@ def _watch(
     from prefect.deployments import run_deployment
 
     _traffic(story, here, pictures.recipe, pictures.traffic, photograph_of, what)
-    since, parameters = datetime.now(UTC), {"model": pictures.recipe}
-    run_deployment(f"drift/{pictures.recipe}", timeout=0, as_subflow=False)
-    run = story.follow(f"drift/{pictures.recipe}", since, parameters)
+    since, seen = datetime.now(UTC), len(pictures.traffic)
+    parameters = {"model": pictures.recipe, "options": {"window": seen, "minimum": min(100, seen)}}
+    run_deployment(f"drift/{pictures.recipe}", parameters=parameters, timeout=0, as_subflow=False)
+    run = story.follow(f"drift/{pictures.recipe}", since, {"model": pictures.recipe})
     return {
         "verdict": run.state_name,
         "message": message_of(run),
