@@ -45,9 +45,17 @@ def decide_announcement(history: Sequence[Finding], latest: Finding, rule: Alarm
         return "cleared" if alarm and not enough else None
     if latest.verdict != "drifted" or not enough:
         return None
-    if alarm and alarm.version == latest.version and alarm.cause == latest.cause:
-        return "detected" if latest.at - alarm.at >= rule.cool_down else None
-    return "detected"
+    return None if _told_lately(history, latest, rule.cool_down) else "detected"
+
+
+def _told_lately(history: Sequence[Finding], latest: Finding, cool_down: float) -> bool:
+    """Whether the same alarm, of this version and cause, was raised within the cool-down and not cleared since."""
+    for each in reversed(history):
+        if each.announced == "cleared":
+            return False
+        if each.announced and (each.version, each.cause) == (latest.version, latest.cause):
+            return latest.at - each.at < cool_down
+    return False
 
 
 def open_alarm(history: Sequence[Finding]) -> Finding | None:

@@ -204,6 +204,6 @@ def _ends(ordered: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _squared_distances(left: Floats, right: Floats) -> NDArray[np.float64]:
-    left, right = left.astype(np.float64), right.astype(np.float64)  # type: ignore[assignment]
-    squares = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1)[None] - 2 * left @ right.T
+    a, b = left.astype(np.float64), right.astype(np.float64)  # in float32 equal rows come out apart
+    squares: NDArray[np.float64] = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * a @ b.T
     return np.maximum(squares, 0)

@@ -209,7 +209,7 @@ def _greatest_change(reference: Sample, window: Sample) -> str:
     return ", ".join(f"{reference.labels[i]} {before[i]:.0%} -> {after[i]:.0%}" for i in most)
 
 
-def _unknown(moved: list[str]) -> Cause:
+def _unknown(moved: Sequence[str]) -> Cause:
     what = "how sure the model is" if moved else "no single property of the photographs"
     return Cause(
         "unknown",

@@ -76,8 +76,8 @@ def swap(
     if table is None:
         bring_up(root, address, staged, golden, accelerator)
         install_front_door(root, sealed.model, door)
+        load_model(address, sealed.model)  # says that nothing is in production, until the table is there
         write_routing(root, after)
-        load_model(address, sealed.model)
         return Swap(sealed.version)
     install_front_door(root, sealed.model, door)
     load_model(address, sealed.model)  # does nothing unless this build brought another front door
