@@ -123,13 +123,14 @@ def collect(here: Settings, model: str) -> int:
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
 def find_served(here: Settings, model: str) -> Served | None:
     """The champion with its card and training reference; None when there is no champion yet."""
+    from tasks.production import part_of
     from tasks.registry import champion_version, load_card, load_reference
 
     version = champion_version(here.mlflow_tracking_uri, model)
     if version is None:
         return None
     found, card = load_card(here.mlflow_tracking_uri, model, version)
-    return Served(found, card, load_reference(here.mlflow_tracking_uri, model, version))
+    return Served(found, card, part_of(load_reference(here.mlflow_tracking_uri, model, version)))
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
@@ -144,11 +145,10 @@ def find_window(here: Settings, served: Served, options: DriftOptions) -> "Windo
 @task(cache_policy=NO_CACHE, persist_result=False)
 def compare(served: Served, window: "Window", options: DriftOptions) -> "tuple[DriftResult, Sample, Sample]":
     """The verdict, and both sides as they were compared."""
-    from monitoring.calibration import at_most
     from monitoring.drift import compare as judge
     from tasks.production import expected, observed
 
-    training = at_most(expected(served.reference, served.card.rule))
+    training = expected(served.reference, served.card.rule)
     production = observed(window, served.card.rule)
     return judge(training, production, options.false_alarm_rate, options.minimum), training, production
 

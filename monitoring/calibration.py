@@ -66,13 +66,6 @@ class Sample:
         return replace(self, **{name: value[which] for name in arrays if (value := getattr(self, name)) is not None})
 
 
-def at_most(sample: Sample, limit: int = MAX_ROWS, seed: int = 0) -> Sample:
-    """The sample, or a fixed random part of it."""
-    if len(sample) <= limit:
-        return sample
-    return sample.rows(np.sort(np.random.default_rng(seed).permutation(len(sample))[:limit]))
-
-
 def largest_gap(reference: Floats, window: Floats, weights: NDArray[Any] | None = None) -> float:
     """Kolmogorov-Smirnov distance [0, 1]: the greatest difference between the shares below any value.
 

@@ -82,7 +82,7 @@ class DriftResult:
 def compare(reference: Sample, window: Sample, false_alarm_rate: float, minimum: int) -> DriftResult:
     """The verdict on a window; `insufficient`, and nothing else, when one side has too few photographs.
 
-    Both sides at most calibration.MAX_ROWS rows (`at_most`), the window in order of time.
+    Both sides of at most calibration.MAX_ROWS rows, the window in order of time.
     """
     missing = too_few(len(window), len(reference), minimum)
     if missing:

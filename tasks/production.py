@@ -11,7 +11,7 @@ import io
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from monitoring.calibration import Sample
+from monitoring.calibration import MAX_ROWS, Sample
 from monitoring.capture import CaptureRecord, read_record, spooled
 from monitoring.features import STATISTICS, image_statistics
 from monitoring.report import TILE
@@ -242,6 +242,17 @@ def expected(reference: "Reference", rule: DecisionRule) -> Sample:
     table = reference.statistics.select(list(STATISTICS))
     statistics = np.column_stack([column.to_numpy() for column in table.columns]).astype(np.float32)
     return _sample(statistics, reference.embedding, reference.probabilities, rule, reference.labels)
+
+
+def part_of(reference: "Reference", limit: int = MAX_ROWS) -> "Reference":
+    """The reference, or a part of it that is the same every time."""
+    count = len(reference.labels)
+    if count <= limit:
+        return reference
+    rows = np.sort(np.random.default_rng(0).permutation(count)[:limit])
+    arrays = ("embedding", "probabilities", "labels", "sha256")
+    part = {name: getattr(reference, name)[rows] for name in arrays}
+    return replace(reference, **part, statistics=reference.statistics.take(pa.array(rows)))
 
 
 def _sample(
