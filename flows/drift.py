@@ -205,27 +205,12 @@ def pictures(here: Settings, served: Served, window: "Window", training: "Sample
 
     chosen = exemplars(training, production)
     version = open_version(here.store, served.card.dataset, served.card.dataset_version)
-    digests = _digests(served)
     typical, unusual = (
-        training_tiles(here.store, version, [digests[row] for row in rows])
+        training_tiles(here.store, version, served.reference.sha256[rows].tolist())
         for rows in (chosen.training_typical, chosen.training_unusual)
     )
     seen = [window.tiles[chosen.production_typical], window.tiles[chosen.production_unusual]]
     return contact_sheet([typical, unusual], seen, ["most typical", "most unlike training"])
-
-
-def _digests(served: Served) -> list[str]:
-    """sha256 of the training photographs in the rows that were compared."""
-    from dataclasses import replace
-
-    import numpy as np
-
-    from monitoring.calibration import at_most
-    from tasks.production import expected
-
-    whole = expected(served.reference, served.card.rule)
-    rows = at_most(replace(whole, truth=np.arange(len(whole)))).truth
-    return [str(served.reference.sha256[row]) for row in rows] if rows is not None else []
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
