@@ -1,5 +1,7 @@
 """The launcher: refuses in one sentence, serves only what came back unchanged, and leaves nothing behind however it ends."""
 
+import hashlib
+import http.client
 import importlib.util
 import json
 import os
@@ -124,10 +126,9 @@ def test_a_machine_that_cannot_serve_is_refused_by_the_launcher_as_well(tmp_path
 
 BYTE = "[out.__setitem__(tuple(0 for _ in out.shape), out.flat[0] + 1) for out in [array] if out.dtype == np.uint8]"
 STRIDE = "array[...] = array.flat[0]"  # what numpy 2 does to this server's inputs
-SHAPE = "array = array.reshape(-1)[::-1].reshape(array.shape[::-1])"
 
 
-@pytest.mark.parametrize(("corruption", "kind"), [(BYTE, "UINT8"), (STRIDE, "UINT8"), (SHAPE, r"UINT8|FP32|INT64")])
+@pytest.mark.parametrize(("corruption", "kind"), [(BYTE, "UINT8"), (STRIDE, "UINT8")])
 def test_a_server_that_changes_known_bytes_does_not_serve(tmp_path, triton_python, corruption, kind):
     other, root = tmp_path / "triton", tmp_path / "root"
     shutil.copytree(LAUNCHER.parent, other)
@@ -162,8 +163,6 @@ def test_known_tensors_would_show_a_wrong_stride_a_wrong_order_and_a_wrong_width
 
 
 def prefix_of(root: Path) -> str:
-    import hashlib
-
     return f"tirewatch_{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}_"
 
 
@@ -199,27 +198,18 @@ def server_of(serving) -> psutil.Process:
     return found
 
 
-def test_a_stopped_server_leaves_no_process_and_no_shared_memory(own):
+def test_a_stopped_server_leaves_nothing_and_is_not_held_up_by_an_idle_connection(own):
     serving = own()
     processes, regions = left_of(serving.root)
     assert len(processes) >= 3 and regions  # launcher, server, echo
-    serving.running.process.terminate()
-    assert serving.running.process.wait(20) == 0
-    assert left_of(serving.root) == ([], [])
-
-
-def test_an_idle_connection_does_not_hold_up_the_end(own):
-    import http.client
-
-    serving = own()
     idle = http.client.HTTPConnection(serving.address.http)
     idle.request("GET", "/v2/health/live")
     idle.getresponse().read()
     began = time.monotonic()
     serving.running.process.terminate()
-    serving.running.process.wait(30)
-    idle.close()
+    assert serving.running.process.wait(20) == 0
     assert time.monotonic() - began < 15
+    idle.close()
     assert left_of(serving.root) == ([], [])
 
 
@@ -234,8 +224,6 @@ def test_a_killed_launcher_takes_its_server_along(own):
     serving = own()
     serving.running.process.kill()
     eventually(lambda: not left_of(serving.root)[0])
-    own().running.stop()
-    assert left_of(serving.root) == ([], [])
 
 
 def test_after_launcher_and_server_are_killed_at_once_the_next_start_clears_up_and_serves(own):
@@ -265,24 +253,22 @@ def test_a_server_that_hangs_on_after_its_launcher_is_ended_by_the_next_start(ow
     assert client.is_version_ready(second.address, "selfcheck", 2)
 
 
-def test_a_second_server_over_the_same_root_is_refused_and_the_first_goes_on(own, triton_python):
-    serving = own()
-    told = refusal(run(line(triton_python, serving.root)))
-    assert f"another server runs on {serving.root}" in told
-    assert client.is_version_ready(serving.address, "selfcheck", 2)
+def test_a_second_server_over_the_same_root_is_refused_and_the_first_goes_on(triton, triton_python):
+    told = refusal(run(line(triton_python, triton.root)))
+    assert f"another server runs on {triton.root}" in told
+    assert client.is_version_ready(triton.address, "selfcheck", 2)
 
 
-def test_a_port_that_is_taken_is_a_refusal_and_no_half_server(own, triton_python, tmp_path):
-    serving = own()
+def test_a_port_that_is_taken_is_a_refusal_and_no_half_server(triton, triton_python, tmp_path):
     command = line(triton_python, tmp_path / "other")
-    command[command.index("--grpc-port") + 1] = serving.address.grpc.rpartition(":")[2]
+    command[command.index("--grpc-port") + 1] = str(triton.ports[1])
     assert "tritonserver" in refusal(run(command, timeout=90))
     assert left_of(tmp_path / "other") == ([], [])
 
 
 def test_told_to_stop_while_it_starts_it_ends_in_order(triton_python, tmp_path):
     root = tmp_path / "root"
-    for wait in (0.3, 1.0, 1.6):
+    for wait in (0.5, 1.4):
         process = subprocess.Popen(line(triton_python, root), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         time.sleep(wait)
         process.send_signal(signal.SIGTERM)

@@ -77,7 +77,8 @@ def serve(chosen):
     try:
         bring_up(server, root, chosen.http_port, key)
         print("serving", flush=True)
-        return server.wait()
+        code = server.wait()
+        return 0 if told else code  # with an idle connection open, the server itself ends with 1
     except (Refusal, OSError) as error:
         if told:  # the server went because we were told to stop: nothing failed
             return 0

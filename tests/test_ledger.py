@@ -1,0 +1,95 @@
+"""The ledger on a real S3: nothing is overwritten, nothing is missing, nobody is lost."""
+
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tasks import storage
+from tasks.ledger import Entry, append, champion_at, key_of, read_ledger
+
+
+@pytest.fixture
+def model() -> str:
+    return f"m{uuid.uuid4().hex[:8]}"
+
+
+def enter(store, model, version, previous=None, action="promoted", **evidence):
+    return append(store, model, action, version, previous, "flow-run/x", "all gates held", evidence)
+
+
+def test_nobody_was_champion_of_a_new_model(store, model):
+    assert read_ledger(store, model) == []
+
+
+def test_entries_come_back_in_order_as_they_were_written(store, model):
+    written = [enter(store, model, version, version - 1 or None, accuracy=0.9, run="r") for version in range(1, 13)]
+    assert read_ledger(store, model) == written
+    assert [entry.number for entry in written] == list(range(1, 13))
+    assert written[4].evidence == {"accuracy": 0.9, "run": "r"} and written[4].why == "all gates held"
+
+
+def test_a_rerun_adds_no_second_entry_for_the_same_champion(store, model):
+    first = enter(store, model, 1, accuracy=0.9)
+    assert enter(store, model, 1, accuracy=0.1) == first
+    assert len(read_ledger(store, model)) == 1
+
+
+def test_a_champion_that_comes_back_is_entered_again(store, model):
+    for version, previous, action in ((1, None, "promoted"), (2, 1, "promoted"), (1, 2, "rolled-back")):
+        enter(store, model, version, previous, action)
+    assert [(e.version, e.previous, e.action) for e in read_ledger(store, model)][-1] == (1, 2, "rolled-back")
+
+
+def test_models_have_ledgers_of_their_own_also_where_names_begin_alike(store, model):
+    enter(store, model, 1)
+    enter(store, f"{model}_night", 5)
+    assert [entry.version for entry in read_ledger(store, model)] == [1]
+    assert [entry.version for entry in read_ledger(store, f"{model}_night")] == [5]
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_missing_entry_is_an_error_and_not_silence(store, model, missing):
+    for version in (1, 2, 3):
+        enter(store, model, version)
+    storage.delete(store, [key_of(model, missing)])
+    with pytest.raises(ValueError, match=rf"the ledger of {model} has a gap: entries \[\d, 3\] in s3://"):
+        read_ledger(store, model)
+    with pytest.raises(ValueError, match="has a gap"):
+        enter(store, model, 4)
+
+
+def test_writers_at_the_same_time_lose_nothing_and_overwrite_nothing(store, model):
+    with ThreadPoolExecutor(8) as pool:
+        returned = list(pool.map(lambda version: enter(store, model, version), range(1, 17)))
+    entries = read_ledger(store, model)
+    assert sorted(entry.version for entry in entries) == list(range(1, 17))
+    assert [entry.number for entry in entries] == list(range(1, 17))
+    assert sorted(returned, key=lambda entry: entry.number) == entries
+
+
+def test_writers_of_the_same_champion_agree_on_one_entry(store, model):
+    with ThreadPoolExecutor(8) as pool:
+        returned = list(pool.map(lambda _: enter(store, model, 7), range(8)))
+    assert read_ledger(store, model) == returned[:1] and {entry.number for entry in returned} == {1}
+
+
+def at(number: int, version: int, moment: datetime) -> Entry:
+    return Entry("tire", number, "promoted", version, None, moment.isoformat(timespec="milliseconds"), "who", "why")
+
+
+def test_who_was_champion_then():
+    march = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+    entries = [at(1, 4, march), at(2, 5, march + timedelta(days=10)), at(3, 4, march + timedelta(days=11))]
+    assert champion_at(entries, march - timedelta(milliseconds=1)) is None
+    assert champion_at(entries, march) == entries[0]
+    assert champion_at(entries, march + timedelta(days=10, hours=-1)).version == 4
+    assert champion_at(entries, march + timedelta(days=10)).version == 5
+    assert champion_at(entries, march + timedelta(days=400)).number == 3
+    assert champion_at([], march) is None
+
+
+def test_a_moment_without_a_time_zone_is_refused():
+    with pytest.raises(TypeError):
+        champion_at([at(1, 4, datetime(2026, 3, 1, tzinfo=UTC))], datetime(2026, 3, 2))
