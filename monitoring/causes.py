@@ -1,17 +1,16 @@
 """Why production moved: the camera, the product mix or the defect rate. Three different people act on the three.
 
-In this order, because each explains what follows it:
-1. camera      the photographs themselves changed, nearly all of them together, whatever was on them;
-2. product mix the network sees things unlike its training, within a class too, while a good part stays as it was;
-3. defect rate the classes are as ever and only their shares moved.
+The class shares are taken out first: those of the window are estimated from the decisions and the confusion of the reference
+(label shift; Lipton et al., ICML 2018), and the reference is weighted to them. What is still far apart then is no matter of
+the defect rate. A camera changes every photograph a little or much, a new product changes some of them altogether: so the odd
+photographs, which in their statistics look like none of the training, are set aside, and the rest is asked. Where the rest has
+moved too, or hardly anything recent is not odd, it is the camera; where the rest is as it was, it is what was photographed.
 
-The shares are taken out first: the class shares of the window are estimated from the decisions and the confusion of the
-reference (label shift; Lipton et al., ICML 2018), and the reference is weighted to them. What is still far apart then is no
-matter of the defect rate. First honest version: a change-over of *all* products whose photographs also differ in brightness
-or sharpness looks like a camera, which is why the action says to look at the pictures.
+First honest version: a change to *nothing but* new products that are also darker or softer looks like a camera, which is why
+the action says to look at the pictures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -23,10 +22,18 @@ from monitoring.features import STATISTICS
 
 Name = Literal["camera", "product_mix", "defect_rate", "unknown"]
 
-MOST_CHANGED: Final = 0.5  # beyond this share of changed photographs it is the camera and no product among others
-_MASSES: Final = (0.25, 0.5, 0.75)  # of the reference, in a region where the window is looked for
-_CONFIDENCE: Final = 0.95
-_AT_LEAST: Final = 25  # newest rows that say what is happening now
+USUAL: Final = 0.95  # share of the training photographs that are not odd
+ALL_ODD: Final = 0.9  # hardly any photograph is as before
+SOME_ODD: Final = 0.1  # twice what training has itself
+_SHARPNESS: Final = STATISTICS.index("sharpness")
+_LEAST_SCALE: Final = 0.05  # of a statistic that is the same in all of the training, such as the format
+_NEIGHBOUR: Final = 3  # the distance to this nearest training photograph says how odd one is
+_LEAST_NEWEST: Final = 25  # rows that say what is happening now
+_LEAST_REST: Final = 10  # rows that are not odd and can be asked whether they moved
+_LABEL_A_BATCH: Final = (
+    "Look at the most unusual photographs, label a batch of them and ingest it; training follows by itself. "
+    "Until then have a person judge these products."
+)
 
 
 @dataclass(frozen=True)
@@ -41,24 +48,63 @@ class Cause:
 def find_causes(
     reference: Sample, window: Sample, thresholds: Mapping[str, float], kernel: Kernel
 ) -> tuple[Cause, ...]:
-    """What explains that some distance is beyond its threshold, the most urgent first; never empty.
-
-    The rows of the window are in order of time: whether a camera changed is asked of the newer half.
-    """
+    """What explains that some distance is beyond its threshold; one cause in this version. Rows of the window by time."""
     found = distances(reference, window, kernel)
-    answers_moved = [name for name in (LABELS, SCORE) if found[name] > thresholds[name]]
-    weights = label_shift_weights(reference, window) if answers_moved else None
-    beyond = _beyond(reference, window, thresholds, kernel, weights)
-    photographic = [name for name in STATISTICS if name in beyond]
-    if photographic:
-        newest = window.rows(np.arange(len(window))[-max(_AT_LEAST, len(window) // 2) :])
-        unchanged = max(unchanged_share(reference, newest, None), unchanged_share(reference, newest, weights))
-        if unchanged < 1 - MOST_CHANGED or EMBEDDING not in beyond:
-            return (_camera(reference, newest, photographic, unchanged),)
-    causes = [_unlike_training(beyond[EMBEDDING])] if EMBEDDING in beyond else []
-    if LABELS in answers_moved:
-        causes.append(_shares_moved(reference, window, weights))
-    return tuple(causes) or (_unknown(answers_moved),)
+    moved = [name for name, value in found.items() if value > thresholds[name]]
+    weights = label_shift_weights(reference, window) if {LABELS, SCORE} & set(moved) else None
+
+    def beyond(rows: Sample) -> dict[str, float]:
+        return _beyond(reference, rows, len(window), thresholds, kernel, weights)
+
+    left = beyond(window)
+    if set(STATISTICS) & {*moved, *left} and (cause := _cause_in_photographs(reference, window, moved, beyond)):
+        return (cause,)
+    if EMBEDDING in left:
+        return (_unlike_training(left[EMBEDDING]),)
+    if LABELS in moved:
+        return (_shares_moved(reference, window, weights),)
+    return (_unknown(moved),)
+
+
+def _cause_in_photographs(
+    reference: Sample, window: Sample, moved: Sequence[str], beyond: Callable[[Sample], dict[str, float]]
+) -> Cause | None:
+    """Camera or product, by what the photographs that are not odd do; None: neither."""
+    odd = odd_rows(reference, window)
+    rest = window.rows(~odd)
+    shifted = [name for name in STATISTICS if name in beyond(rest)] if len(rest) >= _LEAST_REST else []
+    # A camera that broke an hour ago took good photographs before, so what happens now is asked of the newest ones.
+    newest = max(_LEAST_NEWEST, len(window) // 4)
+    odd_now = float(odd[-newest:].mean())
+    signs = camera_signs(reference, window.rows(np.arange(len(window))[-newest:]), shifted or moved)
+    if signs and (shifted or odd_now >= ALL_ODD):
+        return _camera(signs, odd_now)
+    return _odd_products(float(odd.mean()), shifted) if odd.mean() > SOME_ODD else None
+
+
+def odd_rows(reference: Sample, window: Sample) -> NDArray[np.bool_]:
+    """[n]: which photographs of the window are farther from all of the training, in their statistics, than those are."""
+    from scipy.spatial import KDTree
+
+    known, asked = _standardised(reference.statistics, reference.statistics, window.statistics)
+    tree = KDTree(known)
+    itself_and_neighbours, _ = tree.query(known, k=[_NEIGHBOUR + 1])
+    usual = np.quantile(itself_and_neighbours[:, 0], USUAL)
+    return np.asarray(tree.query(asked, k=[_NEIGHBOUR])[0][:, 0] > usual)
+
+
+def _standardised(of: Floats, *samples: Floats) -> list[NDArray[np.float64]]:
+    """In robust units of the sample `of`: centred on the median, scaled by half the middle 68 %."""
+
+    def even(values: Floats) -> NDArray[np.float64]:
+        found = values.astype(np.float64)
+        found[:, _SHARPNESS] = np.log1p(found[:, _SHARPNESS])  # varies by factors, not by steps
+        return found
+
+    base = even(of)
+    low, high = np.percentile(base, [16, 84], axis=0)
+    scale = np.where(high > low, (high - low) / 2, np.maximum(base.std(axis=0), _LEAST_SCALE))
+    return [(even(each) - np.median(base, axis=0)) / scale for each in samples]
 
 
 def label_shift_weights(reference: Sample, window: Sample) -> NDArray[np.float64]:
@@ -82,41 +128,10 @@ def label_shift_weights(reference: Sample, window: Sample) -> NDArray[np.float64
     return np.asarray(per_class[reference.truth] * len(reference))
 
 
-def unchanged_share(reference: Sample, window: Sample, weights: NDArray[Any] | None) -> float:
-    """At most this share [0, 1] of the window can be photographs as in the reference (confidence 0.95 for each look).
-
-    A product among others leaves the rest in place: a quarter of the reference's brightness range holds at least a quarter of
-    that rest. A camera deserts it. (Mixture proportion: Blanchard, Lee and Scott, JMLR 2010, on half-lines.)
-    """
-    return min(
-        _least_ratio(sign * reference.statistics[:, column], sign * window.statistics[:, column], weights)
-        for column in range(len(STATISTICS))
-        for sign in (1, -1)
-    )
-
-
-def _least_ratio(reference: Floats, window: Floats, weights: NDArray[Any] | None) -> float:
-    from scipy.stats import beta
-
-    order = np.argsort(reference, kind="stable")
-    mass = np.ones(len(reference)) if weights is None else weights[order]
-    cumulated = np.cumsum(mass) / mass.sum()
-    least = 1.0
-    for wanted in _MASSES:
-        edge = reference[order][min(int(np.searchsorted(cumulated, wanted)), len(order) - 1)]
-        share = float(
-            cumulated[np.searchsorted(reference[order], edge, side="right") - 1]
-        )  # with those equal to the edge
-        inside = int((window <= edge).sum())
-        if inside < len(window):
-            most = float(beta.ppf(_CONFIDENCE, inside + 1, len(window) - inside))
-            least = min(least, most / share)
-    return least
-
-
 def _beyond(
     reference: Sample,
     window: Sample,
+    calibrated_for: int,
     thresholds: Mapping[str, float],
     kernel: Kernel,
     weights: NDArray[Any] | None,
@@ -125,59 +140,65 @@ def _beyond(
 
     Both kinds of distance grow like sqrt(1/n + 1/N) by chance, so fewer effective rows raise the threshold by that.
     """
-    size, rows = len(window), float(len(reference))
+    rows = float(len(reference))
     effective = rows if weights is None else float(weights.sum() ** 2 / (weights**2).sum())
-    scale = float(np.sqrt((1 / size + 1 / effective) / (1 / size + 1 / rows)))
+    scale = float(np.sqrt((1 / len(window) + 1 / effective) / (1 / calibrated_for + 1 / rows)))
     found = distances(reference, window, kernel, weights)
     return {name: value for name, value in found.items() if value > thresholds[name] * scale}
 
 
-def _camera(reference: Sample, newest: Sample, moved: Sequence[str], unchanged: float) -> Cause:
-    signs = camera_signs(reference, newest, moved)
-    share = (
-        f"At least {1 - unchanged:.0%} of the newest photographs changed" if unchanged < 1 else "Photographs changed"
-    )
-    return Cause(
-        "camera",
-        f"{share}, whatever is on them: {', '.join(sign for sign, _ in signs)}.",
-        f"Fix the camera, do not retrain: {'; '.join(check for _, check in signs)}. Judge again what was judged since."
-        " If the pictures show products that were never photographed before, label a batch of them instead.",
-    )
-
-
-def camera_signs(reference: Sample, window: Sample, moved: Sequence[str]) -> list[tuple[str, str]]:
-    """(what is seen, what to check) of photographic statistics that moved."""
+def camera_signs(reference: Sample, window: Sample, moved: Collection[str]) -> list[tuple[str, str]]:
+    """(what is seen, what to check) for what a camera does to photographs; empty where nothing that moved is of that kind."""
     before, after = (np.median(each.statistics, axis=0) for each in (reference, window))
     change = {name: float(b - a) for name, a, b in zip(STATISTICS, before, after, strict=True)}
     ratio = {name: float(b / a) if a > 0 else 1.0 for name, a, b in zip(STATISTICS, before, after, strict=True)}
     channels = [change[name] for name in ("red", "green", "blue")]
-    together = min(channels) >= 0 or max(channels) <= 0
+    tint = bool({"red", "green", "blue"} & set(moved))
+    exposed = (tint or "brightness" in moved) and (min(channels) >= 0 or max(channels) <= 0)
     signs = []
-    if {"brightness", "red", "green", "blue"} & set(moved) and together:
+    if exposed:
         way = "brighter" if change["brightness"] > 0 else "darker"
-        signs.append((f"{way} (brightness x {ratio['brightness']:.2f})", "check exposure time, gain and lamps"))
-    elif {"red", "green", "blue"} & set(moved):
-        signs.append(("another tint", "check white balance and the colour of the lamps"))
-    if "sharpness" in moved and ratio["sharpness"] < 1:
-        signs.append((f"blurred (sharpness x {ratio['sharpness']:.2f})", "check focus, vibration and dirt on the lens"))
-    elif "sharpness" in moved:
         signs.append(
-            (f"sharper or noisier (sharpness x {ratio['sharpness']:.2f})", "check gain, sensor and sharpening")
+            (f"{way} (brightness x {ratio['brightness']:.2f})", "check exposure time, gain, aperture and lamps")
         )
+    elif tint:
+        signs.append(("another tint", "check white balance and the colour of the lamps"))
+    # Twice the exposure is four times the variance of the Laplacian: only what goes beyond that is a matter of the lens.
+    sharper = ratio["sharpness"] / (ratio["brightness"] ** 2 if exposed and ratio["brightness"] > 0 else 1.0)
+    if "sharpness" in moved and sharper < 0.75:
+        signs.append((f"blurred (sharpness x {ratio['sharpness']:.2g})", "check focus, vibration and dirt on the lens"))
+    elif "sharpness" in moved and sharper > 2 and ratio["sharpness"] > 1.33:
+        signs.append((f"sharper or noisier (sharpness x {ratio['sharpness']:.2g})", "check sensor gain and sharpening"))
     if "aspect" in moved:
         signs.append((f"another format (width / height {after[-1]:.2f})", "check resolution, cropping and mounting"))
-    if not signs:
-        signs.append((f"other {' and '.join(moved)}", "check lamps, gain and image settings"))
     return signs
+
+
+def _camera(signs: Sequence[tuple[str, str]], odd: float) -> Cause:
+    who = f"{odd:.0%} of the newest photographs look like none of the training" if odd >= ALL_ODD else "All are shifted"
+    return Cause(
+        "camera",
+        f"{who}: {', '.join(sign for sign, _ in signs)}.",
+        f"Fix the camera, do not retrain: {'; '.join(check for _, check in signs)}. Judge again what was judged since. "
+        "(If the pictures below show products that were never photographed before, label a batch of them instead.)",
+    )
+
+
+def _odd_products(share: float, shifted: Sequence[str]) -> Cause:
+    others = (
+        f"the others moved in {' and '.join(shifted)}, which no camera does" if shifted else "the others are as before"
+    )
+    return Cause(
+        "product_mix", f"{share:.0%} of the photographs look like none of the training; {others}.", _LABEL_A_BATCH
+    )
 
 
 def _unlike_training(distance: float) -> Cause:
     return Cause(
         "product_mix",
-        f"The network sees photographs unlike its training within its classes too (embedding distance {distance:.3f}), "
-        "while the rest of the photographs is as it was.",
-        "Look at the most unusual photographs, label a batch of them and ingest it; training follows by itself. "
-        "Until then have a person judge these products.",
+        f"What the network sees is unlike its training, within its classes too (embedding distance {distance:.3f}), and no "
+        "change of a camera explains it.",
+        _LABEL_A_BATCH,
     )
 
 
@@ -210,9 +231,8 @@ def _greatest_change(reference: Sample, window: Sample) -> str:
 
 
 def _unknown(moved: Sequence[str]) -> Cause:
-    what = "how sure the model is" if moved else "no single property of the photographs"
     return Cause(
         "unknown",
-        f"What moved is {what}; camera, product mix and defect rate are within their bounds.",
+        f"What moved is {', '.join(moved)}, and neither a camera nor a product nor the defect rate explains it.",
         "Have a person judge fifty of the photographs and compare with the answers before anything is changed.",
     )
