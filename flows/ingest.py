@@ -138,7 +138,7 @@ def examine_photographs(store: Store, batch: "Batch", spool: Path) -> "Examinati
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
 def commit(store: Store, batch: "Batch", examination: "Examination", options: IngestOptions) -> Ingested:
     """Decides on every file, records what is quarantined and writes the next version, after whoever else writes one."""
-    from tasks.checks import SplitRule, plan, refuse_if_too_bad
+    from tasks.checks import plan, refuse_if_too_bad
     from tasks.dataset import append, known_rows, newest_record, record_of_batch
 
     rule = SplitRule(options.val_share, options.test_share, options.split_seed)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from tasks import storage
 from tasks.batch import Batch, BatchItem, BatchRefused, Finding, read_batch
-from tasks.checks import RULES, Examination, Known, Photograph, Plan, SplitRule, examine, plan, refuse_if_too_bad
+from tasks.checks import RULES, Examination, Known, Photograph, Plan, examine, plan, refuse_if_too_bad
+from tasks.split import SplitRule
 from tasks.storage import Store, StoredObject
 
 Made = Callable[..., bytes]
