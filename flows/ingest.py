@@ -140,6 +140,7 @@ def commit(store: Store, batch: "Batch", examination: "Examination", options: In
     """Decides on every file, records what is quarantined and writes the next version, after whoever else writes one."""
     from tasks.checks import plan, refuse_if_too_bad
     from tasks.dataset import append, known_rows, newest_record, record_of_batch
+    from tasks.split import SplitRule
 
     rule = SplitRule(options.val_share, options.test_share, options.split_seed)
     for _ in range(_COMMIT_ATTEMPTS):
