@@ -68,7 +68,7 @@ def serve(chosen):
     prefix = shm_prefix(root)
     held = hold(root)
     clean(prefix)
-    key = chosen.admin_key_file.read_text().strip() if chosen.admin_key_file else None
+    key = read_key(chosen.admin_key_file)
     line = command(root, chosen, prefix, key)
     server = subprocess.Popen(line, env=environment(), preexec_fn=_die_with_parent)  # noqa: PLW1509  (one thread here)
     told = []
@@ -107,6 +107,21 @@ def hold(root):
     except OSError:
         raise Refusal(f"another server runs on {root}: stop it first, or give another --root.") from None
     return file
+
+
+def read_key(file):
+    """The admin key in the file; None without one. Raises Refusal for a file that cannot be read or is empty."""
+    if file is None:
+        return None
+    try:
+        key = file.read_text().strip()
+    except OSError as error:
+        raise Refusal(
+            f"the admin key file {file} cannot be read ({error.strerror}): give another with --admin-key-file."
+        ) from None
+    if not key:
+        raise Refusal(f"the admin key file {file} is empty: write a key into it.")
+    return key
 
 
 def check_machine():

@@ -151,6 +151,9 @@ class TritonPythonModel:
                 self._admit(job, doors)
             except Refused as refusal:
                 job.response = _refused(refusal)
+            except Exception as error:  # noqa: BLE001  (an exception out of execute would fail the neighbours too)
+                pb_utils.Logger.log_error(f"{self._model}: unexpected {type(error).__name__}: {error}")
+                job.response = _refused(Refused(f"unexpected {type(error).__name__}: {error}", "INTERNAL"))
         for door in {id(job.door): job.door for job in jobs if job.response is None}.values():
             self._answer(door, [job for job in jobs if job.response is None and job.door is door])
         return [job.response for job in jobs]
@@ -179,7 +182,9 @@ class TritonPythonModel:
         probabilities = outputs["probabilities"]
         scores, labels = score(probabilities, door.version.rule), decide(probabilities, door.version.rule)
         for row, job in enumerate(jobs):
-            if not np.isfinite(probabilities[row]).all():  # NaN compares as "below the threshold": a defect would escape
+            if not np.isfinite(
+                probabilities[row]
+            ).all():  # NaN compares as "below the threshold": a defect would escape
                 message = f"{door.route.network} version {door.route.version} gave no number for this image"
                 job.response = _refused(Refused(message, "INTERNAL"))
                 continue
@@ -227,7 +232,9 @@ def _pixels(request: object, version: SealedVersion) -> tuple:
     if decoded is not None:
         size = version.image_size
         if given.shape[1:] != (size, size, 3):
-            raise Refused(f"pixels are {list(given.shape[1:])}, this model takes [{size}, {size}, 3]: use tasks.images.decode")
+            raise Refused(
+                f"pixels are {list(given.shape[1:])}, this model takes [{size}, {size}, 3]: use tasks.images.decode"
+            )
         pixels = given[0].copy()
         return pixels, pixels
     image = given[0].tobytes()
@@ -262,11 +269,15 @@ def _response(job: Job, door: Door, probabilities, job_score, label):
         "lineage": door.lineage,
     }
     wanted = set(job.request.requested_output_names())
-    return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in values.items() if name in wanted])
+    return pb_utils.InferenceResponse(
+        [pb_utils.Tensor(name, value) for name, value in values.items() if name in wanted]
+    )
 
 
 def _refused(refusal: Refused):
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(refusal), getattr(pb_utils.TritonError, refusal.code)))
+    return pb_utils.InferenceResponse(
+        error=pb_utils.TritonError(str(refusal), getattr(pb_utils.TritonError, refusal.code))
+    )
 
 
 def _text(text: str) -> np.ndarray:
