@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+import psutil
+
 from tasks.inference import Accelerator
 from tasks.model_repository import FrontDoor, Runtime, copy_version, install_front_door
 from tasks.routing import Route, RoutingTable, write_routing
@@ -79,6 +81,12 @@ class ScratchServer:
                 break
             time.sleep(0.1)
         raise NotServed(f"the scratch server does not serve {sealed.model}: {self.log()[-2000:]}")
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the server and its model processes have used so far."""
+        assert self._process is not None
+        times = [process.cpu_times() for process in psutil.Process(self._process.pid).children(recursive=True)]
+        return sum(each.user + each.system for each in times)
 
     def log(self) -> str:
         """What the server has said so far."""

@@ -36,6 +36,7 @@ from tasks.serving import (
     infer_front_door,
     load_model,
     module_of,
+    unload_model,
 )
 
 MODEL = "tire"
@@ -298,6 +299,17 @@ def test_a_version_that_is_sealed_but_not_loaded_is_an_error_and_never_another_v
     routed(Route(NETWORK, 3), Route(NETWORK, 1))
     with pytest.raises(NotServed, match=rf"{NETWORK} version 3 did not answer.*"):
         infer_front_door(address, MODEL, photograph(1))
+
+
+def test_a_version_whose_bytes_changed_is_not_what_the_door_opens_with(triton, produce, photograph):
+    """Whatever backend runs the network: the container's own does not know our seals."""
+    produce("rotten", versions=1)
+    file = version_directory(triton.root, "rotten_onnx_32", 1) / NETWORK_FILE
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    unload_model(triton.address, "rotten")
+    load_model(triton.address, "rotten")
+    with pytest.raises(NotServed, match=r"rotten cannot be served: .*model.onnx has sha256"):
+        infer_front_door(triton.address, "rotten", photograph(1))
 
 
 def test_a_challenger_gets_its_share_and_a_tire_always_meets_the_same_version(address, photograph, routed):

@@ -109,7 +109,9 @@ class Routing:
 
     def _door(self, route: Route, routed: str) -> Door:
         directory = self._root / "model_repository" / route.network / str(route.version)
-        version = read_sealed(directory, verify_files=False)  # the backend verified the files when it loaded them
+        # Every byte when the door opens; a switch brings a version that was verified when it was published and loaded, and
+        # must not hold up requests for the time that reading a network takes.
+        version = read_sealed(directory, verify_files=self._doors is None)
         self_check(version.preprocessing)
         return Door(
             route,
@@ -139,6 +141,10 @@ class TritonPythonModel:
             share=float(parameters["capture_share"]["string_value"]),
             max_bytes=int(parameters["spool_bytes"]["string_value"]),
         )
+        try:
+            self._routing.current()  # now, and not while the first request waits
+        except Refused as refusal:
+            pb_utils.Logger.log_info(str(refusal))
 
     def execute(self, requests: list) -> list:
         jobs = [Job(request) for request in requests]
