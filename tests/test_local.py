@@ -18,7 +18,8 @@ import pytest
 
 from deploy import journal, local, services
 from deploy.processes import processes_of
-from deploy.stack import SERVICE_MARK, STACK_MARK, Stack, StackError, services_of
+from deploy.recipes import read_prefect_yaml
+from deploy.stack import SERVICE_MARK, SOURCE, STACK_MARK, Stack, StackError, services_of
 from deploy.supervisor import Supervisor, configuration
 from flows.settings import Settings
 
@@ -129,10 +130,11 @@ def test_prefect_knows_pools_limits_automations_and_deployments(stack: Stack) ->
     assert pools["cpu"]["concurrency_limit"] is None
     assert httpx.get(f"{api}/v2/concurrency_limits/gpu").json()["limit"] == 1
     deployments = httpx.post(f"{api}/deployments/filter", json={"limit": 100}).json()
-    assert len(deployments) == 9
+    described = read_prefect_yaml(SOURCE / "prefect.yaml")["deployments"]
+    assert len(deployments) == len(described)
     automations = {found["name"]: found for found in httpx.post(f"{api}/automations/filter", json={}).json()}
     assert automations["crash runs whose process died"]["enabled"]
-    assert len(automations) == 10
+    assert len(automations) == 1 + sum(len(each.get("triggers", ())) for each in described)
 
 
 @pytest.mark.parametrize("versioned", ["plain", "in parts", "again"])
