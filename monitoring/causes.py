@@ -186,7 +186,9 @@ def _camera(signs: Sequence[tuple[str, str]], odd: float) -> Cause:
 
 def _odd_products(share: float, shifted: Sequence[str]) -> Cause:
     others = (
-        f"the others moved in {' and '.join(shifted)}, which no camera does" if shifted else "the others are as before"
+        f"the others moved in {' and '.join(shifted)}, not as a camera would move them"
+        if shifted
+        else "the others are as before"
     )
     return Cause(
         "product_mix", f"{share:.0%} of the photographs look like none of the training; {others}.", _LABEL_A_BATCH

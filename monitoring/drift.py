@@ -164,7 +164,8 @@ def save_evidently(reference: Sample, window: Sample, result: DriftResult, path:
         cat_method="share_distance",
         per_column_threshold={each.name: each.threshold for each in (*result.statistics, *result.outputs)},
     )
-    snapshot = Report([preset], include_tests=True).run(current, before)  # the window first
+    with np.errstate(invalid="ignore"):  # Evidently correlates columns that may be constant, such as the format
+        snapshot = Report([preset], include_tests=True).run(current, before)  # the window first
     snapshot.save_html(str(path))  # with a Path it writes nothing
 
 
