@@ -5,9 +5,11 @@ event starts ingest, whose event starts training, whose event starts promotion. 
 candidate that misses its gates is trained on once, longer.
 """
 
+import io
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +110,13 @@ def _deploy_recipe(story: Story, pictures: Photographs, defect: tuple[str, ...])
         raise ValueError(f"DEFECT={','.join(unknown)} is no class folder; there are {', '.join(pictures.classes)}")
     with story.step(f"deployments for the recipe {pictures.recipe}"):
         parsed = read_prefect_yaml(SOURCE / "prefect.yaml")
-        deploy_all(for_recipe(parsed, pictures.recipe, template="tire", config={"defect_labels": list(defect)}))
+        recipe = for_recipe(parsed, pictures.recipe, template="tire", config={"defect_labels": list(defect)})
+        said = io.StringIO()  # four screens of Prefect's own, wanted only when something is wrong
+        try:
+            with redirect_stdout(said):
+                deploy_all(recipe)
+        except RuntimeError as error:
+            raise RunFailed(f"{error}\n{said.getvalue()[-2000:]}") from error
 
 
 def _first_version(story: Story, here: "Settings", pictures: Photographs) -> "tuple[DatasetVersion, int]":
