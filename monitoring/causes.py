@@ -63,6 +63,8 @@ def find_causes(
         return (_unlike_training(left[EMBEDDING]),)
     if LABELS in moved:
         return (_shares_moved(reference, window, weights),)
+    if SCORE in moved and _sureness(window) < _sureness(reference):
+        return (_less_sure(reference, window),)
     return (_unknown(moved),)
 
 
@@ -201,6 +203,18 @@ def _unlike_training(distance: float) -> Cause:
         f"What the network sees is unlike its training, within its classes too (embedding distance {distance:.3f}), and no "
         "change of a camera explains it.",
         _LABEL_A_BATCH,
+    )
+
+
+def _sureness(sample: Sample) -> float:
+    """Mean probability, 0 to 1, of what the model holds for true: a defect or none, or the top class."""
+    return float((np.maximum(sample.score, 1 - sample.score) if sample.defects else sample.score).mean())
+
+
+def _less_sure(reference: Sample, window: Sample) -> Cause:
+    sure = f"{_sureness(window):.0%} sure of its answers on average, against {_sureness(reference):.0%} in training"
+    return Cause(
+        "product_mix", f"The model is {sure}, although the photographs are as bright and sharp as ever.", _LABEL_A_BATCH
     )
 
 
