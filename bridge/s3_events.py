@@ -104,7 +104,9 @@ def _seaweedfs(body: dict[str, Any]) -> ObjectCreated | None:
         version_id = _text(extended.get("seaweed-x-amz-version-id")) or parts[-1].removeprefix("v_")
         parts = [*parts[:-2], parts[-2].removesuffix(_VERSIONS)]
     attributes = entry.get("attributes", {})
-    etag = _text(extended.get("seaweed-x-amz-etag")) or base64.b64decode(attributes.get("md5") or "", validate=True).hex()
+    etag = (
+        _text(extended.get("seaweed-x-amz-etag")) or base64.b64decode(attributes.get("md5") or "", validate=True).hex()
+    )
     return ObjectCreated(bucket, "/".join(parts), version_id, etag.strip('"'), int(attributes.get("file_size", 0)))
 
 
