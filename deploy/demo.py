@@ -70,10 +70,10 @@ def run_demo(state: Path, data: str | None = None, defect: Sequence[str] = (), s
 
 def _photographs(workspace: Path, data: str | None) -> Photographs:
     if data is None:
-        return photographs.solar_cells(workspace)
+        return photographs.solar_cells(workspace / "solar_cells")
     if data == "digits":
-        return photographs.digits(workspace)
-    return photographs.own(Path(data), workspace)
+        return photographs.digits(workspace / "digits")
+    return photographs.own(Path(data), workspace / "photographs")
 
 
 def _bring_up(story: Story, state: Path) -> Stack:
@@ -87,6 +87,7 @@ def _tell(story: Story, pictures: Photographs, defect: tuple[str, ...]) -> None:
     from flows.settings import Settings
 
     here = Settings()
+    _not_told_before(here, pictures.recipe)
     if pictures.recipe == "photographs":
         _deploy_recipe(story, pictures, defect)
     first, second = pictures.counts
@@ -109,6 +110,18 @@ def _tell(story: Story, pictures: Photographs, defect: tuple[str, ...]) -> None:
 
     story.chapter("Taken back")
     _roll_back(story, here, pictures.recipe, promoted)
+
+
+def _not_told_before(here: "Settings", recipe: str) -> None:
+    """The same photographs make no second version, so the story cannot begin again on their own dataset."""
+    from tasks.dataset import newest_version
+
+    told = newest_version(here.store, recipe)
+    if told is not None:
+        raise ValueError(
+            f"this stack knows {recipe} v{told.version} already, from an earlier demo: look at it (tirewatch status), or begin "
+            "anew with `make down`, removing .tirewatch, and `make demo`"
+        )
 
 
 def _deploy_recipe(story: Story, pictures: Photographs, defect: tuple[str, ...]) -> None:
