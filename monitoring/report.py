@@ -42,7 +42,7 @@ MEANINGS: Final = {
     "blue": "mean of blue, 0 to 1",
     "aspect": "width / height",
     SCORE: "score of the model",
-    LABELS: "shares of the answers (shown: judged defective)",
+    LABELS: "shares of the answers",
     EMBEDDING: "what the network sees",
 }
 
@@ -135,8 +135,8 @@ def _table(measures: Sequence[Measure]) -> str:
         numbers = f"{_number(each.reference)} | {_number(each.window)} | {each.score:.3f} | {each.threshold:.3f}"
         rows.append(f"| {each.name}: {MEANINGS[each.name]} | {numbers} | {moved} |")
     told = (
-        "Training and production: medians. Distance: the largest difference between the shares of photographs below any "
-        "value (0: the same, 1: nothing in common); for the answers the sum of the differences of their shares; for the "
+        "Training and production: medians; of the answers the share judged defective. Distance: the largest difference "
+        "between the shares of photographs below any value (0: the same, 1: nothing in common); for the answers half the sum of the differences of their shares; for the "
         "network the mean discrepancy of its embeddings."
     )
     return "\n".join(rows) + f"\n\n{told}"

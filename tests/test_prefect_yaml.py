@@ -92,6 +92,15 @@ def test_a_deployment_runs_one_at_a_time_in_the_right_pool(deployment: dict[str,
     assert deployment["name"] in deployment["tags"]
 
 
+def test_drift_has_a_schedule_that_waits_to_be_switched_on() -> None:
+    drifts = [deployment for deployment in DEPLOYMENTS if flow_of(deployment) == "drift"]
+    assert len(drifts) == len(RECIPES)
+    for deployment in drifts:
+        [schedule] = deployment["schedules"]
+        assert (schedule["cron"], schedule["active"]) == ("*/15 * * * *", False)
+        assert not deployment.get("triggers"), "no event starts it: it looks at what has come in"
+
+
 def test_a_new_recipe_is_the_template_under_another_name() -> None:
     made = for_recipe(PARSED, "photographs", config={"defect_labels": ["worn"]})
     flows = {flow_of(deployment) for deployment in DEPLOYMENTS}
