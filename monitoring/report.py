@@ -136,8 +136,8 @@ def _table(measures: Sequence[Measure]) -> str:
         rows.append(f"| {each.name}: {MEANINGS[each.name]} | {numbers} | {moved} |")
     told = (
         "Training and production: medians; of the answers the share judged defective. Distance: the largest difference "
-        "between the shares of photographs below any value (0: the same, 1: nothing in common); for the answers half the sum of the differences of their shares; for the "
-        "network the mean discrepancy of its embeddings."
+        "between the shares of photographs below any value (0: the same, 1: nothing in common); for the answers half the "
+        "sum of the differences of their shares; for the network the mean discrepancy of its embeddings."
     )
     return "\n".join(rows) + f"\n\n{told}"
 
