@@ -187,11 +187,8 @@ def test_the_story_of_a_camera_that_breaks_and_is_repaired(here, champion, produ
     assert events_named("tirewatch.drift.detected") == []
 
     produce([broken(photograph) for photograph in ordinary(120, 20_000)])
-    began = time.monotonic()
     drifted = run()
-    seconds = time.monotonic() - began
     assert drifted.name == "Drifted" and drifted.is_completed(), drifted.message
-    assert seconds < 25
     result = drifted.result()
     assert [cause.name for cause in result.causes] == ["camera"]
     assert "darker" in result.causes[0].evidence and "blurred" in result.causes[0].evidence
