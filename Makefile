@@ -62,7 +62,7 @@ check: install ## formats, lint, types
 	$(BIN)/mypy flows tasks monitoring bridge deploy benchmarks
 
 test: install ## the suite against real S3, Prefect, MLflow and Triton (under 10 minutes)
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
 
 test-all: install .venv/.weights .venv/.photographs ## everything, with the slow and the browser tests
 	$(BIN)/python -m pytest

@@ -294,6 +294,9 @@ def _commit(
             return int(lance.LanceDataset.commit(uri, operation, read_version=latest, storage_options=options).version)
         except CommitConflictError:
             continue
+        except OSError as error:  # how Lance says that another run made the table meanwhile
+            if "already exists" not in str(error):
+                raise
     raise RuntimeError(f"{uri}: {_COMMIT_ATTEMPTS} commits were overtaken by others; run this batch again")
 
 

@@ -150,13 +150,13 @@ def test_registering_is_told_as_an_event_and_on_the_run_page(here, plates, train
     wanted = {"filter": {"event": {"name": ["tirewatch.model.registered"]}}}
     deadline = time.monotonic() + 20
     with get_client(sync_client=True) as client:
-        found = []
-        while not found and time.monotonic() < deadline:  # the server stores events a moment after it took them
+        payloads = []
+        while not payloads and time.monotonic() < deadline:  # the server stores events a moment after it took them
             found = client.request("POST", "/events/filter", json=wanted).json()["events"]
+            payloads = [event["payload"] for event in found if event["payload"]["model"] == plates]
         artifacts = client.request(
             "POST", "/artifacts/filter", json={"artifacts": {"flow_run_id": {"any_": [flow_run_id]}}}
         ).json()
-    payloads = [event["payload"] for event in found if event["payload"]["model"] == plates]
     assert payloads and payloads[0]["dataset_version"] == 1
     pages = {artifact["key"]: artifact["data"] for artifact in artifacts}
     assert "data:image/png;base64," in pages["training-plates"] and "| escapes |" in pages["training-plates"]
