@@ -1,4 +1,4 @@
-"""The bridge: object stores post here, Prefect gets `tirewatch.batch.sealed`.
+"""The bridge: object stores post here or to a queue, Prefect gets `tirewatch.batch.sealed`.
 
 `uvicorn --factory bridge.app:create_app`, settings in the environment (bridge/settings.py). One process: it owns its
 SQLite file. A store gets its answer only when the event is accepted (200) or the batch is safe on disk (202).
@@ -7,92 +7,23 @@ SQLite file. A store gets its answer only when the event is accepted (200) or th
 import asyncio
 import base64
 import binascii
-import json
+import ipaddress
 import logging
 import secrets
-import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
 from typing import Annotated, Final
 
-import httpx
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 
-from bridge.pending import Pending, PendingBatches
-from bridge.publish import LONGEST_PAUSE, post_within, prefect_client
-from bridge.s3_events import ObjectCreated, UnknownBody, parse
-from bridge.sealing import Batch, Ignored, batch_of, is_marker
+from bridge.intake import Bridge
+from bridge.s3_events import UnknownBody, read
 from bridge.settings import BridgeSettings
 
 logger: Final = logging.getLogger(__name__)
 
-
-class Bridge:
-    """What the endpoints share: settings, pending batches, the client of Prefect and the counters of /metrics."""
-
-    def __init__(self, settings: BridgeSettings) -> None:
-        self.settings = settings
-        self.pending = PendingBatches(settings.state)
-        self.client: httpx.AsyncClient = prefect_client(settings)
-        self.counts: Counter[tuple[str, str]] = Counter()
-
-    async def take(self, created: ObjectCreated) -> bool:
-        """One created object. True when nothing about it is left to be done, False when its batch waits on disk."""
-        batch = batch_of(created, self.settings.bucket)
-        if isinstance(batch, Ignored):
-            self.counts["ignored", batch.reason] += 1
-            logger.info("ignored s3://%s/%s: %s", created.bucket, created.key[:300], batch.reason)
-            return True
-        self.counts["objects", batch.dataset] += 1
-        if is_marker(created, batch):
-            return await self.publish(self.pending.saw_marker(batch, created.etag, time.time()))
-        if not self.pending.saw_object(batch, created.etag, time.time()):
-            self.counts["ignored", "after_marker"] += 1
-            logger.info("ignored %s: a marker has sealed %s before", created.key[:300], batch.prefix)
-        return True
-
-    async def publish(self, due: Pending) -> bool:
-        accepted = await post_within(
-            self.client, self.settings.bucket, due, self.settings.answer_within, on_failure=self._count_failure
-        )
-        if accepted:
-            self.pending.published(due, time.time())
-            self.counts["sealed", "marker" if due.marker is not None else "quiet"] += 1
-            logger.info("sealed %s (%s)", due.batch.prefix, due.seal)
-        return accepted
-
-    def _count_failure(self) -> None:
-        self.counts["publish_failures", ""] += 1
-
-    async def publish_due(self) -> None:
-        """For ever: publishes what a marker or silence made due, each batch with its own growing pause after a failure."""
-        retry_at: dict[Batch, tuple[float, float]] = {}
-        while True:
-            await asyncio.sleep(0.5)
-            now = time.time()
-            for pending in self.pending.every():
-                at, pause = retry_at.get(pending.batch, (0.0, 0.5))
-                if not pending.is_due(now, self.settings.quiet_seconds) or now < at:
-                    continue
-                if await self.publish(pending):
-                    retry_at.pop(pending.batch, None)
-                else:
-                    retry_at[pending.batch] = (time.time() + pause, min(2 * pause, LONGEST_PAUSE))
-
-    def metrics(self) -> str:
-        """Prometheus text."""
-        labels = {"objects": "dataset", "ignored": "reason", "sealed": "by", "publish_failures": ""}
-        lines = []
-        for family, label in labels.items():
-            lines.append(f"# TYPE tirewatch_bridge_{family}_total counter")
-            for (name, value), count in sorted(self.counts.items()):
-                if name == family:
-                    lines.append(
-                        f"tirewatch_bridge_{family}_total" + (f'{{{label}="{value}"}}' if label else "") + f" {count}"
-                    )
-        lines += ["# TYPE tirewatch_bridge_pending gauge", f"tirewatch_bridge_pending {len(self.pending.every())}"]
-        return "\n".join(lines) + "\n"
+_CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 
 
 def create_app(settings: BridgeSettings | None = None) -> FastAPI:
@@ -102,24 +33,29 @@ def create_app(settings: BridgeSettings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        for library in ("httpx", "botocore", "boto3"):
+            logging.getLogger(library).setLevel(logging.WARNING)
         app.state.bridge = bridge = Bridge(chosen)
-        loop = asyncio.create_task(bridge.publish_due())
+        publishing = asyncio.create_task(bridge.publish_due())
+        if bridge.queue is not None:
+            bridge.queue.start()
         yield
-        loop.cancel()
+        publishing.cancel()
         with suppress(asyncio.CancelledError):
-            await loop
-        await bridge.client.aclose()
-        bridge.pending.close()
+            await publishing
+        await bridge.close()
 
     app = FastAPI(title="tirewatch bridge", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    with_token = [Depends(require_token)]
     app.get("/health")(health)
     app.get("/metrics")(metrics)
-    app.post("/s3")(receive)
+    app.post("/s3", dependencies=with_token)(receive)
+    app.get("/dead-letters", dependencies=with_token)(dead_letters)
+    app.delete("/dead-letters/{identity}", dependencies=with_token)(remove_dead_letter)
     return app
 
 
-def bridge_of(request: Request) -> Bridge:
+async def bridge_of(request: Request) -> Bridge:
     found: Bridge = request.app.state.bridge
     return found
 
@@ -127,25 +63,59 @@ def bridge_of(request: Request) -> Bridge:
 BridgeOf = Annotated[Bridge, Depends(bridge_of)]
 
 
+async def require_token(request: Request, bridge: BridgeOf) -> None:
+    """Before a byte of the body is read."""
+    if not is_authorized(request.headers.get("authorization", ""), bridge.settings.token.get_secret_value()):
+        raise refused(bridge, request, "token", HTTPException(401, "a bearer token is needed", _CHALLENGE))
+
+
+def refused(bridge: Bridge, request: Request, reason: str, answer: HTTPException) -> HTTPException:
+    """The answer, after it was counted and told."""
+    bridge.metrics.count("refused", reason)
+    sender = request.client.host if request.client else "an unknown address"
+    logger.warning("refused %s %.100r from %s: %.300s", request.method, request.url.path, sender, answer.detail)
+    return answer
+
+
 async def health(bridge: BridgeOf) -> dict[str, object]:
-    return {"status": "ok", "pending": len(bridge.pending.every())}
+    """200 as long as the process works: a Prefect or a queue that is away is no reason to restart the bridge."""
+    return bridge.health()
 
 
-async def metrics(bridge: BridgeOf) -> Response:
-    return Response(bridge.metrics(), media_type="text/plain; version=0.0.4")
+async def metrics(request: Request, bridge: BridgeOf) -> Response:
+    chosen = bridge.settings.open_metrics
+    if not (came_over_loopback(request) if chosen is None else chosen):
+        await require_token(request, bridge)
+    return Response(bridge.metrics.text(bridge.gauges()), media_type="text/plain; version=0.0.4")
 
 
 async def receive(request: Request, bridge: BridgeOf) -> Response:
     """200: done. 202: safe on disk, Prefect will get it. 400, 401, 413: refused, with a reason."""
-    if not is_authorized(request.headers.get("authorization", ""), bridge.settings.token.get_secret_value()):
-        raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-    body = await _bounded_body(request, bridge.settings.max_body_bytes)
+    body = await _bounded_body(request, bridge)
     try:
-        objects = parse(json.loads(body))
-    except (UnknownBody, ValueError, RecursionError) as error:
-        raise HTTPException(400, f"not a storage event: {error}") from None
-    done = [await bridge.take(created) for created in objects]
-    return Response(status_code=200 if all(done) else 202)
+        objects = read(body)
+    except UnknownBody as error:
+        raise refused(bridge, request, "unknown_body", HTTPException(400, f"not a storage event: {error}")) from None
+    if request.headers.get("x-amz-sns-message-type") == "SubscriptionConfirmation":
+        # Following it would let whoever has the token make the bridge call any address.
+        logger.warning("SNS asks to confirm a subscription: open the SubscribeURL of %.3000r", body)
+    return Response(status_code=200 if await bridge.take(objects) else 202)
+
+
+async def dead_letters(
+    bridge: BridgeOf, after: int = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+) -> dict[str, object]:
+    """Messages that nobody understands, oldest first; the next page begins after the last id."""
+    return {
+        "count": bridge.dead_letters.count(),
+        "messages": [asdict(each) for each in bridge.dead_letters.page(after, limit)],
+    }
+
+
+async def remove_dead_letter(identity: int, bridge: BridgeOf) -> Response:
+    if not bridge.dead_letters.remove(identity):
+        raise HTTPException(404, f"there is no dead letter {identity}")
+    return Response(status_code=204)
 
 
 def is_authorized(header: str, token: str) -> bool:
@@ -154,19 +124,30 @@ def is_authorized(header: str, token: str) -> bool:
     if scheme.lower() == "basic":
         try:
             given = base64.b64decode(given, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
+        except (binascii.Error, ValueError):
             return False
     elif scheme.lower() != "bearer":
         return False
     return secrets.compare_digest(given.strip().encode(), token.encode())
 
 
-async def _bounded_body(request: Request, limit: int) -> bytes:
+def came_over_loopback(request: Request) -> bool:
+    """Whether the sender is on this machine and says nothing of having been asked by somebody else."""
+    host, _ = request.scope.get("server") or ("", 0)
+    if any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip")):
+        return False
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def _bounded_body(request: Request, bridge: Bridge) -> bytes:
     """The body, read no further than the limit, whatever its length header says."""
-    chunks, size = [], 0
+    chunks, size, limit = [], 0, bridge.settings.max_body_bytes
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
-            raise HTTPException(413, f"the body is larger than {limit} bytes")
+            raise refused(bridge, request, "too_large", HTTPException(413, f"the body is larger than {limit} bytes"))
         chunks.append(chunk)
     return b"".join(chunks)

@@ -1,11 +1,8 @@
-"""Hands a sealed batch to Prefect: posted until the server has accepted it."""
+"""Hands a sealed batch to Prefect, and asks Prefect whether it has it."""
 
-import asyncio
 import logging
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Final
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
 
 import httpx
 
@@ -15,8 +12,7 @@ from bridge.settings import BridgeSettings
 
 logger: Final = logging.getLogger(__name__)
 
-FIRST_PAUSE: Final = 0.2
-LONGEST_PAUSE: Final = 30.0
+_ASK_BACK: Final = timedelta(days=60)  # Prefect keeps events for a week by default, and answers for what it keeps
 
 
 class NotAccepted(RuntimeError):
@@ -34,31 +30,32 @@ async def post_event(client: httpx.AsyncClient, bucket: str, pending: Pending) -
     batch = pending.batch
     # `occurred` is now: a trigger ignores events that are older than the bucket it is counting in.
     event = sealed_event(batch, event_id(bucket, batch, pending.seal), datetime.now(UTC).isoformat())
+    await _ask(client, "/events", [event])
+
+
+async def was_stored(client: httpx.AsyncClient, bucket: str, pending: Pending) -> bool:
+    """Whether Prefect's database has the event of an earlier attempt. Its triggers recognise a repeated id for about half an
+    hour and only until it restarts; its database does for as long as it keeps events. Raises NotAccepted.
+    """
+    now = datetime.now(UTC)
+    wanted = {
+        "id": {"id": [str(event_id(bucket, pending.batch, pending.seal))]},
+        "occurred": {"since": (now - _ASK_BACK).isoformat(), "until": (now + timedelta(days=1)).isoformat()},
+    }
+    answer = await _ask(client, "/events/filter", {"filter": wanted, "limit": 1})
+    return bool(answer["events"])
+
+
+async def _ask(client: httpx.AsyncClient, path: str, body: object) -> Any:
     try:
-        answer = await client.post("/events", json=[event])
+        answer = await client.post(path, json=body)
     except httpx.HTTPError as error:
         raise NotAccepted(f"{type(error).__name__} {error} at {client.base_url}") from None
     if not answer.is_success:
         raise NotAccepted(f"{answer.status_code} {answer.text[:200]} at {client.base_url}")
-
-
-async def post_within(
-    client: httpx.AsyncClient,
-    bucket: str,
-    pending: Pending,
-    seconds: float,
-    on_failure: Callable[[], None] = lambda: None,
-) -> bool:
-    """Attempts with growing pauses until the event is accepted (True) or the seconds are over (False)."""
-    deadline, pause = time.monotonic() + seconds, FIRST_PAUSE
-    while True:
-        try:
-            await asyncio.wait_for(post_event(client, bucket, pending), max(0.1, deadline - time.monotonic()))
-            return True
-        except (NotAccepted, TimeoutError) as error:
-            on_failure()
-            if time.monotonic() + pause >= deadline:
-                logger.warning("%s is sealed, but Prefect has not accepted it yet: %s", pending.batch.prefix, error)
-                return False
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+    try:
+        return answer.json() if answer.content else None
+    except ValueError:
+        raise NotAccepted(
+            f"no JSON from {client.base_url}{path}: TIREWATCH_BRIDGE_PREFECT_API_URL must name the API, such as .../api"
+        ) from None

@@ -5,10 +5,15 @@ import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -144,6 +149,124 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=90):
         yield
+
+
+@pytest.fixture(scope="session")
+def prefect_api(prefect_server: None) -> str:
+    """Address of that server's API."""
+    from prefect.settings import PREFECT_API_URL
+
+    return str(PREFECT_API_URL.value())
+
+
+@pytest.fixture(scope="session")
+def sealed_events(prefect_api: str) -> Callable[..., list[dict[str, Any]]]:
+    """`sealed_events(dataset, count=1, within=15)`: the `tirewatch.batch.sealed` events of the dataset that Prefect has
+    stored; waits until there are `count`, at most `within` seconds.
+    """
+    import httpx
+
+    def found(dataset: str, count: int = 1, within: float = 15) -> list[dict[str, Any]]:
+        now = datetime.now(UTC)
+        wanted = {
+            "occurred": {
+                "since": (now - timedelta(hours=1)).isoformat(),
+                "until": (now + timedelta(hours=1)).isoformat(),
+            },
+            "event": {"name": ["tirewatch.batch.sealed"]},
+            "resource": {"id": [f"tirewatch.dataset.{dataset}"]},
+        }
+        deadline = time.monotonic() + within
+        while True:
+            answer = httpx.post(f"{prefect_api}/events/filter", json={"filter": wanted, "limit": 50}).json()
+            if answer["total"] >= count or time.monotonic() > deadline:
+                events: list[dict[str, Any]] = answer["events"]
+                assert len(events) == answer["total"], "more than one page"
+                return events
+            time.sleep(0.2)
+
+    return found
+
+
+BRIDGE_TOKEN = "a-token-for-the-tests"
+
+
+@pytest.fixture(scope="session")
+def start_bridge() -> Callable[..., Running]:
+    """`start_bridge(folder, prefect_api, **settings)`: the bridge as a process on the state in `folder`; settings by their
+    field names. Its token is `a-token-for-the-tests`, its log `folder/bridge.log`. The test stops it.
+    """
+
+    def started(folder: Path, prefect_api: str, **settings: object) -> Running:
+        chosen = {
+            "token": BRIDGE_TOKEN,
+            "prefect_api_url": prefect_api,
+            "state": folder / "bridge.db",
+            "answer_within": 1.5,
+            **settings,
+        }
+        env = {f"TIREWATCH_BRIDGE_{name.upper()}": str(value) for name, value in chosen.items()}
+        return start(services.bridge(folder, services.free_ports(1)[0], env), folder / "bridge.log")
+
+    return started
+
+
+class Gateway:
+    """A proxy in front of a real server that a test can cut: `before` and `after` get the request's path and headers, ahead
+    of asking the server and ahead of handing on its answer; where one returns False the connection just ends.
+    """
+
+    def __init__(self, upstream: str) -> None:
+        self.before: Callable[[str, Mapping[str, str]], bool] = lambda path, headers: True
+        self.after: Callable[[str, Mapping[str, str]], bool] = lambda path, headers: True
+        gateway, host = self, upstream.removeprefix("http://")
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.close_connection = True
+                if not gateway.before(self.path, dict(self.headers)):
+                    return
+                connection = HTTPConnection(host, timeout=60)
+                connection.request("POST", self.path, body, {**dict(self.headers), "Host": host, "Connection": "close"})
+                answer = connection.getresponse()
+                content = answer.read()
+                connection.close()
+                if not gateway.after(self.path, dict(self.headers)):
+                    return
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                with suppress(OSError):  # whoever asked may be gone
+                    self.wfile.write(content)
+
+            def log_message(self, format: str, *args: object) -> None:
+                return
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def gateway() -> Iterator[Callable[[str], Gateway]]:
+    """`gateway("http://127.0.0.1:4200")`: a proxy in front of it."""
+    made: list[Gateway] = []
+
+    def proxy(upstream: str) -> Gateway:
+        made.append(Gateway(upstream))
+        return made[-1]
+
+    yield proxy
+    for each in made:
+        each.stop()
 
 
 @pytest.fixture(scope="session")

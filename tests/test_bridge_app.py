@@ -4,40 +4,29 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
+from bridge.app import came_over_loopback
+from bridge.metrics import Metrics
 from bridge.sealing import Batch, event_id
 from deploy import services
 
 TOKEN = "a-token-for-the-tests"
+WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
+
+Sealed = Callable[..., list[dict[str, Any]]]
+StartBridge = Callable[..., Any]
 
 
-def record(key: str, etag: str = "e1", bucket: str = "tirewatch") -> dict[str, Any]:
+def record(key: str, etag: str = "e1", bucket: str = "tirewatch", written: str | None = None) -> dict[str, Any]:
     found = {"key": key, "size": 4, "eTag": etag}
-    return {"Records": [{"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": bucket}, "object": found}}]}
-
-
-StartBridge = Callable[..., Any]  # (folder, prefect_api, **settings) -> the running bridge
-
-
-@pytest.fixture(scope="module")
-def run_bridge(start_service: Callable[..., Any]) -> StartBridge:
-    def run(folder: Path, prefect_api: str, **settings: str) -> Any:
-        env = {
-            "TIREWATCH_BRIDGE_TOKEN": TOKEN,
-            "TIREWATCH_BRIDGE_PREFECT_API_URL": prefect_api,
-            "TIREWATCH_BRIDGE_STATE": str(folder / "bridge.db"),
-            "TIREWATCH_BRIDGE_ANSWER_WITHIN": "1.5",
-            **settings,
-        }
-        return start_service(services.bridge(folder, services.free_ports(1)[0], env), folder / "bridge.log")
-
-    return run
+    told = {"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": bucket}, "object": found}}
+    return {"Records": [{**told, "eventTime": written} if written else told]}
 
 
 def post(running: Any, body: object, token: str = f"Bearer {TOKEN}") -> httpx.Response:
@@ -45,71 +34,95 @@ def post(running: Any, body: object, token: str = f"Bearer {TOKEN}") -> httpx.Re
     return httpx.post(f"{running.service.url}/s3", content=content, headers={"Authorization": token}, timeout=20)
 
 
+def health(running: Any) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{running.service.url}/health").json()
+    return found
+
+
+def metrics(running: Any) -> str:
+    return httpx.get(f"{running.service.url}/metrics").text
+
+
 @pytest.fixture(scope="module")
-def prefect_api(prefect_server: None) -> str:
-    from prefect.settings import PREFECT_API_URL
-
-    return str(PREFECT_API_URL.value())
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bridge") / "bridge.log"
 
 
 @pytest.fixture(scope="module")
-def bridge(tmp_path_factory: pytest.TempPathFactory, prefect_api: str, run_bridge: StartBridge) -> Iterator[Any]:
-    running = run_bridge(tmp_path_factory.mktemp("bridge"), prefect_api, TIREWATCH_BRIDGE_QUIET_SECONDS="1")
+def bridge(log: Path, prefect_api: str, start_bridge: StartBridge) -> Iterator[Any]:
+    running = start_bridge(log.parent, prefect_api, quiet_seconds=1)
     yield running
     running.stop()
 
 
-def sealed_batches(prefect_api: str, dataset: str, within: float = 15) -> list[dict[str, Any]]:
-    """Events about the dataset that the server has stored; waits until there is one."""
-    since = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
-    until = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
-    wanted = {
-        "filter": {
-            "occurred": {"since": since, "until": until},
-            "event": {"name": ["tirewatch.batch.sealed"]},
-            "resource": {"id": [f"tirewatch.dataset.{dataset}"]},
-        }
-    }
-    deadline = time.monotonic() + within
-    while True:
-        found: list[dict[str, Any]] = httpx.post(f"{prefect_api}/events/filter", json=wanted).json()["events"]
-        if found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.2)
-
-
-def test_a_marker_becomes_one_event_however_often_it_is_reported(bridge: Any, prefect_api: str) -> None:
+def test_a_marker_becomes_one_event_however_often_it_is_reported(bridge: Any, sealed_events: Sealed) -> None:
     for _ in range(3):
         assert post(bridge, record("incoming/often/b1/_SUCCESS")).status_code == 200
-    [event] = sealed_batches(prefect_api, "often")
+    [event] = sealed_events("often")
     assert event["payload"] == {"dataset": "often", "batch": "b1", "prefix": "incoming/often/b1/"}
     assert event["id"] == str(event_id("tirewatch", Batch("often", "b1"), "e1"))
+    assert 'tirewatch_bridge_repeated_total{what="marker"} 2' in metrics(bridge)
 
 
-def test_a_batch_without_marker_is_sealed_after_the_quiet_period(bridge: Any, prefect_api: str) -> None:
+def test_a_batch_without_marker_is_sealed_after_the_quiet_period(bridge: Any, sealed_events: Sealed) -> None:
     assert post(bridge, record("incoming/quiet/b1/good/a.jpg")).status_code == 200
     assert post(bridge, record("incoming/quiet/b1/good/b.jpg")).status_code == 200
-    [event] = sealed_batches(prefect_api, "quiet")
+    [event] = sealed_events("quiet")
     assert event["payload"]["prefix"] == "incoming/quiet/b1/"
 
 
-def test_objects_outside_incoming_are_counted_and_start_nothing(bridge: Any, prefect_api: str) -> None:
+def test_a_late_photograph_is_taken_in_when_the_empty_marker_is_written_again(
+    bridge: Any, sealed_events: Sealed
+) -> None:
+    for second, name in enumerate(["a.jpg", "_SUCCESS", "late.jpg"]):
+        assert (
+            post(bridge, record(f"incoming/late/b1/{name}", written=f"2026-11-21T07:00:0{second}Z")).status_code == 200
+        )
+    assert 'tirewatch_bridge_late_total{dataset="late"} 1' in metrics(bridge)
+    [first] = sealed_events("late")
+    assert post(bridge, record("incoming/late/b1/_SUCCESS", written="2026-11-21T07:00:03Z")).status_code == 200
+    again = sealed_events("late", count=2)
+    assert len({event["id"] for event in again}) == 2
+    assert {event["payload"]["prefix"] for event in again} == {first["payload"]["prefix"]}
+
+
+def test_a_marker_before_any_photograph_is_sealed_named_and_counted(
+    bridge: Any, sealed_events: Sealed, log: Path
+) -> None:
+    """Its photographs may have been told to nobody; ingest refuses the batch if there are none."""
+    assert post(bridge, record("incoming/bare/b1/_SUCCESS")).status_code == 200
+    assert len(sealed_events("bare")) == 1
+    assert "incoming/bare/b1/ is complete, but not one photograph of it has been told" in log.read_text()
+
+
+def test_objects_outside_incoming_are_counted_and_start_nothing(bridge: Any, sealed_events: Sealed, log: Path) -> None:
     for body in (
         record("incoming/elsewhere/../b1/_SUCCESS"),
+        record("incoming/elsewhere/b1/%2E%2E/%2E%2E/_SUCCESS"),
         record("incoming/elsewhere/b1/_SUCCESS", bucket="other"),
-        record("datasets/elsewhere/_SUCCESS"),
+        record("datasets/elsewhere/_SUCCESS\nforged line of the log"),
     ):
         assert post(bridge, body).status_code == 200
-    metrics = httpx.get(f"{bridge.service.url}/metrics").text
-    assert 'tirewatch_bridge_ignored_total{reason="bad_name"} 1' in metrics
-    assert 'tirewatch_bridge_ignored_total{reason="other_bucket"} 1' in metrics
-    assert 'tirewatch_bridge_ignored_total{reason="not_incoming"} 1' in metrics
-    assert sealed_batches(prefect_api, "elsewhere", within=2) == []
+    told = metrics(bridge)
+    for reason in ("bad_name", "bad_path", "other_bucket", "not_incoming"):
+        assert f'tirewatch_bridge_ignored_total{{reason="{reason}"}} 1' in told
+        assert f": {reason}\n" in log.read_text()
+    assert "\nforged" not in log.read_text()
+    assert sealed_events("elsewhere", within=2) == []
 
 
-@pytest.mark.parametrize("header", ["", "Bearer wrong", f"Token {TOKEN}", TOKEN, "Basic !!!"])
-def test_a_wrong_token_is_refused(bridge: Any, header: str) -> None:
-    assert post(bridge, record("incoming/tire/b1/_SUCCESS"), header).status_code == 401
+@pytest.mark.parametrize("header", ["", "Bearer wrong", f"Token {TOKEN}", TOKEN, "Basic !!!", f"Bearer {TOKEN}x"])
+@pytest.mark.parametrize(("method", "path"), [("POST", "/s3"), ("GET", "/dead-letters"), ("DELETE", "/dead-letters/1")])
+def test_a_wrong_token_is_refused_everywhere(bridge: Any, header: str, method: str, path: str) -> None:
+    before = refusals(bridge, "token")
+    answer = httpx.request(method, bridge.service.url + path, headers={"Authorization": header}, content=b"{}" * 100)
+    assert answer.status_code == 401
+    assert refusals(bridge, "token") == before + 1
+
+
+def refusals(running: Any, reason: str) -> int:
+    start = f'tirewatch_bridge_refused_total{{reason="{reason}"}} '
+    return sum(int(line.removeprefix(start)) for line in metrics(running).splitlines() if line.startswith(start))
 
 
 def test_the_token_is_accepted_as_basic_password(bridge: Any) -> None:
@@ -117,31 +130,111 @@ def test_the_token_is_accepted_as_basic_password(bridge: Any) -> None:
     assert post(bridge, {"Type": "SubscriptionConfirmation", "Message": "x"}, header).status_code == 200
 
 
-def test_bodies_that_are_no_storage_event_are_refused_with_the_reason(bridge: Any) -> None:
-    for body in (b"", b"\xff\xfe", b"[" * 5000, b'{"a": 1}', b"[]"):
+def test_a_request_of_sns_to_be_confirmed_is_told_and_not_followed(bridge: Any, log: Path) -> None:
+    body = {"Type": "SubscriptionConfirmation", "Message": "x", "SubscribeURL": "https://sns.example/confirm-me"}
+    headers = {**WITH_TOKEN, "x-amz-sns-message-type": "SubscriptionConfirmation"}
+    assert httpx.post(f"{bridge.service.url}/s3", json=body, headers=headers).status_code == 200
+    assert "https://sns.example/confirm-me" in log.read_text()
+
+
+def test_metrics_are_open_only_to_who_is_on_this_machine_and_asks_for_itself(
+    bridge: Any, tmp_path: Path, prefect_api: str, start_bridge: StartBridge
+) -> None:
+    url = f"{bridge.service.url}/metrics"
+    assert httpx.get(url).status_code == 200
+    assert httpx.get(url, headers={"X-Forwarded-For": "127.0.0.1"}).status_code == 401
+    assert httpx.get(url, headers={"X-Forwarded-For": "10.0.0.7", **WITH_TOKEN}).status_code == 200
+    for host, is_open in (("127.0.0.1", True), ("::1", True), ("10.0.0.7", False), ("0.0.0.0", False), ("name", False)):
+        assert came_over_loopback(Request({"type": "http", "headers": [], "server": (host, 80)})) is is_open
+    closed = start_bridge(tmp_path, prefect_api, open_metrics=False)
+    try:
+        assert httpx.get(f"{closed.service.url}/metrics").status_code == 401
+        assert httpx.get(f"{closed.service.url}/metrics", headers=WITH_TOKEN).status_code == 200
+        assert httpx.get(f"{closed.service.url}/health").status_code == 200
+    finally:
+        closed.stop()
+
+
+def test_bodies_that_are_no_storage_event_are_refused_with_the_reason(bridge: Any, log: Path) -> None:
+    before = refusals(bridge, "unknown_body")
+    bodies = (b"", b"\xff\xfe", b"[" * 5000, b'{"a": 1}', b"[]", b'{"Records": [{"eventName": "ObjectCreated:Put"}]}')
+    for body in bodies:
         answer = post(bridge, body)
         assert answer.status_code == 400
         assert "not a storage event" in answer.json()["detail"]
+    assert refusals(bridge, "unknown_body") == before + len(bodies)
+    assert log.read_text().count("refused POST '/s3' from 127.0.0.1: not a storage event") == len(bodies)
 
 
 def test_a_body_above_the_limit_is_refused(bridge: Any) -> None:
     assert post(bridge, b" " * (2 * 2**20 + 1)).status_code == 413
+    assert refusals(bridge, "too_large") == 1
 
 
 def test_a_batch_sealed_while_prefect_is_away_is_kept_over_a_restart(
-    tmp_path: Path, prefect_api: str, run_bridge: StartBridge
+    tmp_path: Path, prefect_api: str, start_bridge: StartBridge, sealed_events: Sealed
 ) -> None:
     away = f"http://127.0.0.1:{services.free_ports(1)[0]}/api"
-    first = run_bridge(tmp_path, away)
+    first = start_bridge(tmp_path, away)
     try:
-        assert post(first, record("incoming/patient/b1/annotations.json")).status_code == 202
-        assert httpx.get(f"{first.service.url}/health").json() == {"status": "ok", "pending": 1}
+        for batch in ("b1", "b2", "b3"):
+            assert post(first, record(f"incoming/patient/{batch}/annotations.json")).status_code == 202
+        time.sleep(2.5)  # several attempts
+        assert health(first) == {"status": "degraded", "pending": 3, "prefect": "away", "dead_letters": 0}
+        assert "tirewatch_bridge_prefect_up 0" in metrics(first)
+        [overdue] = [
+            line for line in metrics(first).splitlines() if line.startswith("tirewatch_bridge_overdue_seconds")
+        ]
+        assert float(overdue.split()[1]) > 2
+        assert (tmp_path / "bridge.log").read_text().count("does not answer") == 1
     finally:
         first.process.kill()  # no chance to write anything any more
         first.process.wait()
-    second = run_bridge(tmp_path, prefect_api)
+    second = start_bridge(tmp_path, prefect_api)
     try:
-        [event] = sealed_batches(prefect_api, "patient")
-        assert event["payload"]["batch"] == "b1"
+        events = sealed_events("patient", count=3)
+        assert sorted(event["payload"]["batch"] for event in events) == ["b1", "b2", "b3"]
+        assert health(second) == {"status": "ok", "pending": 0, "prefect": "ok", "dead_letters": 0}
     finally:
         second.stop()
+
+
+def test_prefect_that_comes_back_is_told_without_a_restart(
+    tmp_path: Path, prefect_api: str, start_bridge: StartBridge, sealed_events: Sealed, gateway: Callable[[str], Any]
+) -> None:
+    between = gateway(prefect_api.removesuffix("/api"))
+    between.before = lambda path, headers: False
+    running = start_bridge(tmp_path, f"{between.url}/api")
+    try:
+        assert post(running, record("incoming/back/b1/_SUCCESS")).status_code == 202
+        between.before = lambda path, headers: True
+        assert len(sealed_events("back")) == 1
+        log = (tmp_path / "bridge.log").read_text()
+        assert log.count("does not answer") == log.count("answers again") == 1
+    finally:
+        running.stop()
+
+
+def test_the_labels_of_a_counter_are_bounded() -> None:
+    counted = Metrics()
+    for number in range(1000):
+        counted.count("objects", f"d{number}")
+    text = counted.text({"pending": 3})
+    assert text.count("tirewatch_bridge_objects_total{") == 101
+    assert 'tirewatch_bridge_objects_total{dataset="other"} 900' in text
+    assert "tirewatch_bridge_pending 3\n" in text
+    with pytest.raises(KeyError):
+        counted.count("nothing_known")
+
+
+def test_the_documentation_names_every_setting_and_every_metric() -> None:
+    from bridge.metrics import COUNTERS, GAUGES
+    from bridge.settings import BridgeSettings
+
+    docs = Path(__file__).parents[1] / "docs"
+    settings, events = (docs / "settings.md").read_text(), (docs / "events.md").read_text()
+    for name, field in BridgeSettings.model_fields.items():
+        assert f"`TIREWATCH_BRIDGE_{name.upper()}`" in settings
+        assert str(field.description) in settings, f"the meaning of {name} differs"
+    for name in (*(f"{family}_total" for family in COUNTERS), *GAUGES):
+        assert f"`{name}`" in events, name

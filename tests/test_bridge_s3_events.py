@@ -1,10 +1,15 @@
 import base64
 import json
+import random
+import time
+import tracemalloc
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bridge.s3_events import ObjectCreated, UnknownBody, parse
+from bridge.s3_events import ObjectCreated, UnknownBody, parse, read
 
 
 def encoded(text: str) -> str:
@@ -108,6 +113,13 @@ def test_folders_upload_parts_older_versions_and_deletions_are_no_objects(body: 
         {},
         {"Records": [{"eventName": "ObjectCreated:Put"}]},
         {"Records": 5},
+        {"Records": {"a": RECORD}},
+        {"Message": "hello"},
+        {"Type": "Surprise", "Message": "{}"},
+        {"Records": [{**RECORD, "s3": {"bucket": {"name": "b"}, "object": {"key": "half a character \ud800"}}}]},
+        {"Records": [{**RECORD, "s3": {"bucket": {"name": {"b": 1}}, "object": {"key": "k"}}}]},
+        {"Records": [{**RECORD, "s3": {"bucket": {"name": "b"}, "object": {"key": "k", "size": float("inf")}}}]},
+        {"Records": [{**RECORD, "s3": {"bucket": {"name": "b"}, "object": {"key": "k", "size": -1}}}]},
         {"Records": [{**RECORD, "s3": {"bucket": {"name": "b"}, "object": {"key": "k", "size": "many"}}}]},
         {"Type": "Notification", "Message": "not json"},
         {"event_type": "create", "key": "/buckets/b/k", "message": "no"},
@@ -117,3 +129,137 @@ def test_folders_upload_parts_older_versions_and_deletions_are_no_objects(body: 
 def test_anything_else_is_named_as_unknown(body: object) -> None:
     with pytest.raises(UnknownBody):
         parse(body)
+
+
+def test_the_time_of_writing_is_read_where_the_store_tells_it() -> None:
+    stamp = "2026-11-21T07:00:00.250Z"
+    assert parse({"Records": [{**RECORD, "eventTime": stamp}]})[0].written == 1795244400.25
+    assert parse({**EVENT_BRIDGE, "time": "2026-11-21T07:00:00Z"})[0].written == 1795244400.0
+    body = seaweedfs("/buckets/b/k", attributes={"file_size": 1, "mtime": 1795244400})
+    assert parse(body)[0].written == 1795244400.0
+    for nonsense in ("yesterday", 5, None, "0001-01-01T00:00:00", {}):
+        assert parse({"Records": [{**RECORD, "eventTime": nonsense}]})[0].key.startswith("incoming/")
+
+
+def test_an_envelope_inside_an_envelope_is_unknown() -> None:
+    inner = {"Type": "Notification", "Message": json.dumps({"Records": [RECORD]})}
+    with pytest.raises(UnknownBody):
+        parse({"Type": "Notification", "Message": json.dumps(inner)})
+
+
+VALID = (
+    {"Records": [RECORD, {**RECORD, "eventTime": "2026-11-21T07:00:00.000Z"}]},
+    {"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "tirewatch"},
+    EVENT_BRIDGE,
+    {"Type": "Notification", "MessageId": "1", "Message": json.dumps({"Records": [RECORD]})},
+    seaweedfs("/buckets/tirewatch/incoming/tire/b1/a.jpg", extended={"Seaweed-X-Amz-ETag": encoded("e1")}),
+    seaweedfs("/buckets/tirewatch/incoming/tire/b1/a.jpg.versions/v_1", attributes={"mtime": 1795244400}),
+)
+
+
+def nested(depth: int) -> Any:
+    body: Any = "x"
+    for level in range(depth):
+        body = [body] if level % 2 else {"Records": body}
+    return body
+
+
+STRANGE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.just(10**4000),
+    st.floats(),
+    st.text(st.characters(), max_size=20),  # half characters too
+    st.sampled_from(
+        ["\ud800", "k" * 10_240, "%zz%ff+%00", "../" * 50, "s3:ObjectCreated:*", "a\nb", "", "==", "0001-01-01"]
+    ),
+    st.builds(nested, st.sampled_from([1, 5, 200])),
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=8,
+    ),
+)
+
+
+def places(body: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key or index) of a JSON value."""
+    if not isinstance(body, dict | list):
+        return []
+    keys = list(body) if isinstance(body, dict) else list(range(len(body)))
+    return [*((body, key) for key in keys), *(place for key in keys for place in places(body[key]))]
+
+
+def mutated(draw: st.DrawFn) -> bytes:
+    body = json.loads(json.dumps(draw(st.sampled_from(VALID))))
+    for _ in range(draw(st.integers(0, 3))):
+        found = places(body)
+        if not found:
+            break
+        container, key = found[draw(st.integers(0, len(found) - 1))]
+        if isinstance(container, dict) and draw(st.integers(0, 4)) == 0:
+            del container[key]
+        else:
+            container[key] = draw(STRANGE)
+    text = json.dumps(body).encode()
+    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):
+        at = draw(st.integers(0, len(text)))
+        text = text[:at] + draw(st.binary(max_size=3)) + text[at + draw(st.integers(0, 3)) :]
+    return text
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.composite(mutated)())
+def test_a_damaged_body_is_a_list_of_objects_or_unknown_and_nothing_else(body: bytes) -> None:
+    started = time.process_time()
+    try:
+        found = read(body)
+    except UnknownBody as error:
+        assert len(str(error)) < 1000
+    else:
+        for created in found:
+            assert isinstance(created, ObjectCreated)
+            assert isinstance(created.size, int) and created.size >= 0
+            for text in (created.bucket, created.key, created.etag, created.version_id or ""):
+                text.encode()  # can be logged and stored
+            assert created.written is None or isinstance(created.written, float)
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 2_000_000,
+        b'{"Records":' * 150_000,
+        b'{"Records":[' + b"{}," * 600_000 + b"{}]}",
+        b'{"a":' + b"9" * 2_000_000 + b"}",
+        b'{"a":' + b"9" * 4000 + b"e" + b"9" * 4000 + b"}",
+        json.dumps({"Records": [RECORD] * 6000}).encode(),
+        json.dumps({"Records": [nested(900)]}).encode(),
+        json.dumps({"k" * 2_000_000: 1}).encode(),
+        bytes(random.Random(0).randbytes(2_000_000)),
+    ],
+    ids=[
+        "deep lists",
+        "deep objects",
+        "many",
+        "long number",
+        "huge exponent",
+        "real",
+        "deep record",
+        "long name",
+        "noise",
+    ],
+)
+def test_a_body_of_two_megabytes_is_answered_in_a_second_with_bounded_memory(body: bytes) -> None:
+    tracemalloc.start()
+    started = time.process_time()
+    try:
+        read(body)
+    except UnknownBody as error:
+        assert len(str(error)) < 1000
+    took, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert took < 5  # tracing slows the parser several times
+    assert peak < 200 * 2**20

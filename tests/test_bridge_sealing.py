@@ -1,10 +1,7 @@
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.pending import Pending, PendingBatches
 from bridge.s3_events import ObjectCreated
 from bridge.sealing import Batch, Ignored, batch_of, event_id, is_marker, sealed_event
 
@@ -72,54 +69,3 @@ def test_the_event_names_the_dataset_as_resource_and_the_prefix_to_read() -> Non
     event = sealed_event(BATCH, event_id("tirewatch", BATCH, "e1"), "2026-11-21T00:00:00+00:00")
     assert event["resource"] == {"prefect.resource.id": "tirewatch.dataset.tire", "prefect.resource.name": "tire"}
     assert event["payload"] == {"dataset": "tire", "batch": "b1", "prefix": "incoming/tire/b1/"}
-
-
-def test_a_batch_without_marker_is_due_only_after_silence(tmp_path: Path) -> None:
-    pending = PendingBatches(tmp_path / "bridge.db")
-    pending.saw_object(BATCH, "e1", now=100.0)
-    pending.saw_object(BATCH, "e2", now=115.0)
-    [waiting] = pending.every()
-    assert not waiting.is_due(now=125.0, quiet_seconds=20)
-    assert waiting.is_due(now=136.0, quiet_seconds=20)
-
-
-def test_a_marker_makes_a_batch_due_at_once_and_closes_it(tmp_path: Path) -> None:
-    pending = PendingBatches(tmp_path / "bridge.db")
-    pending.saw_object(BATCH, "e1", now=100.0)
-    due = pending.saw_marker(BATCH, "m", now=100.5)
-    assert due.is_due(now=100.5, quiet_seconds=20)
-    pending.saw_object(BATCH, "late webhook", now=103.0)
-    assert pending.every() == [due]
-    pending.published(due, now=104.0)
-    assert pending.every() == []
-    assert not pending.saw_object(BATCH, "e9", now=200.0)
-
-
-def test_pending_batches_survive_a_restart(tmp_path: Path) -> None:
-    first = PendingBatches(tmp_path / "bridge.db")
-    first.saw_object(BATCH, "e1", now=100.0)
-    first.saw_marker(Batch("tire", "b2"), "m", now=101.0)
-    first.close()
-    assert sorted(PendingBatches(tmp_path / "bridge.db").every(), key=lambda found: found.batch.name) == [
-        Pending(BATCH, None, "e1", 100.0),
-        Pending(Batch("tire", "b2"), "m", "m", 101.0),
-    ]
-
-
-def test_objects_that_come_while_a_quiet_batch_is_published_keep_it_pending(tmp_path: Path) -> None:
-    pending = PendingBatches(tmp_path / "bridge.db")
-    pending.saw_object(BATCH, "e1", now=100.0)
-    [due] = pending.every()
-    pending.saw_object(BATCH, "e2", now=130.0)
-    pending.published(due, now=131.0)
-    [again] = pending.every()
-    assert again.seal != due.seal
-
-
-def test_thousands_of_objects_are_not_thousands_of_commits(tmp_path: Path) -> None:
-    pending = PendingBatches(tmp_path / "bridge.db")
-    for index in range(3000):
-        pending.saw_object(BATCH, f"e{index}", now=100.0 + index / 1000)
-    assert pending._database.total_changes <= 4
-    [waiting] = pending.every()
-    assert waiting.last_seen >= 102.0
