@@ -12,9 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy import journal, local
+from deploy.dataset import app as dataset_app
+from deploy.dataset import upload
 from deploy.stack import Stack, StackError, read_stack
 
 app: Final = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app.add_typer(dataset_app, name="dataset")
+app.command()(upload)
 console: Final = Console()
 
 State = Annotated[Path, typer.Option(help="State folder of the stack")]

@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from monitoring.features import image_statistics, perceptual_hash
 from tasks.batch import SPLITS, Batch, BatchItem, BatchRefused, Finding
+from tasks.corrections import Relabelled, corrected
 from tasks.images import MAX_BYTES, UnreadableImage, decode_full, probe
 from tasks.split import SplitRule, assigned, carved_from, carved_splits
 from tasks.storage import Content, Store, StoredObject, read_many
@@ -37,6 +38,7 @@ RULES: Final[dict[str, tuple[Severity, str]]] = {
     "file_without_annotation": ("quarantined", "a file that no annotation names"),
     "contradictory_labels": ("quarantined", "the same bytes under two labels in the batch"),
     "contradicts_dataset": ("quarantined", "bytes the dataset already holds under another label"),
+    "unknown_photograph": ("quarantined", "a correction of a photograph the dataset does not hold"),
     "unknown_class": ("quarantined", "a class the dataset does not have"),
     "bridges_splits": ("quarantined", "a group whose photographs would stand in two splits"),
     "duplicate": ("dropped", "the same bytes again in the same split"),
@@ -180,12 +182,15 @@ class Known:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the batch: rows in order of sha256 with their splits, and every finding."""
+    """What becomes of the batch: new rows in order of sha256 with their splits, stored rows that get another label, and
+    every finding.
+    """
 
     rows: tuple[tuple[Photograph, str], ...]
     findings: tuple[Finding, ...]
     carved: tuple[str, ...]
     new_classes: bool = False
+    relabelled: tuple[Relabelled, ...] = ()
 
     @property
     def quarantined(self) -> tuple[Finding, ...]:
@@ -196,21 +201,22 @@ def plan(batch: Batch, examination: Examination, known: Known, split: SplitRule,
     """Decides for every file of the batch. The same batch on the same dataset gives the same plan."""
     findings = [*batch.findings, *examination.findings]
     findings += [found for each in examination.photographs if (found := _wrong_extension(each))]
-    kept, contradictory = _contradictions(examination.photographs, known)
+    corrections = corrected(batch, examination.photographs, known, new_classes)
+    kept, contradictory = _contradictions(corrections.rest, known)
     kept, unknown = _unknown_classes(kept, known, new_classes)
     kept, redundant = _duplicates(kept, known)
     kept, bridging = _bridges(kept, known)
-    findings += [*contradictory, *unknown, *redundant, *bridging]
+    findings += [*corrections.findings, *contradictory, *unknown, *redundant, *bridging]
     carved = carved_splits(kept, known)
     rows = sorted(assigned(kept, known, split, carved, batch.dataset), key=lambda row: row[0].sha256)
     findings += _small_classes(rows, known)
-    return Plan(tuple(rows), tuple(findings), carved, new_classes)
+    return Plan(tuple(rows), tuple(findings), carved, new_classes, corrections.rows)
 
 
 def refuse_if_too_bad(batch: Batch, found: Plan, max_share: float) -> None:
     """Raises BatchRefused when more than `max_share` of the batch's files are quarantined: then the upload is at fault."""
     bad = found.quarantined
-    seen = {each.name for each in batch.items} | {each.name for each in bad}
+    seen = {each.name for each in batch.items} | {each.name for each in batch.corrections} | {each.name for each in bad}
     if len(bad) <= max_share * len(seen):
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(each.reason for each in bad).most_common())

@@ -1,12 +1,11 @@
 """Dataset versions: a Lance table on S3, and beside it one small immutable record for each version.
 
-    datasets/<name>.lance               the rows; Lance's own versions are internal
-    datasets/<name>/versions/<n>.json   version n: which Lance version holds it, digest, classes, splits, batches
+    datasets/<name>.lance               the rows (tasks/dataset_rows.py); Lance's own versions are internal
+    datasets/<name>/versions/<n>.json   version n: which Lance version holds it, digest, classes, splits, batches, summary
 
 Write, then reveal: the rows are committed to Lance first, where nobody looks, and become version n by the conditional write of
 record n. A run killed before that leaves rows that no version holds; two runs at once cannot both write record n, and the
-second builds anew upon the first. Every Lance commit states the full list of its data files (those of the base version and
-the new ones), so what a killed or beaten run left behind is never inherited.
+second builds anew upon the first. A record never changes, but for the day its version was retired (tasks/retention.py).
 """
 
 import hashlib
@@ -17,41 +16,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from monitoring.features import STATISTICS
-from tasks.batch import SPLITS, Batch
+from tasks.batch import SPLITS, Batch, Correction
 from tasks.checks import Known, Photograph, Plan
-from tasks.storage import Store, list_objects, read, write_if_absent
+from tasks.dataset_rows import SCHEMA, commit_rows, new_rows, open_table, relabelled_rows, table_uri
+from tasks.storage import Store, list_folders, list_objects, read, write_if_absent
+from tasks.summary import Summary, summarised, summary_from
 
 if TYPE_CHECKING:
     import lance
 
-SCHEMA: Final = pa.schema(
-    [
-        pa.field("image", pa.large_binary(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("phash", pa.uint64(), nullable=False),
-        pa.field("source_key", pa.string(), nullable=False),
-        pa.field("source_version", pa.string()),
-        pa.field("label", pa.string(), nullable=False),
-        pa.field("group", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("format", pa.string(), nullable=False),
-        pa.field("batch", pa.string(), nullable=False),
-        pa.field("captured_at", pa.timestamp("us", tz="UTC")),
-        pa.field("line", pa.string()),
-        *(pa.field(name, pa.float32(), nullable=False) for name in STATISTICS),
-    ]
-)
-_WRITE_BYTES: Final = 32 * 2**20  # of photographs in one Arrow batch on the way in
 _READ_AHEAD: Final = 3  # Arrow batches in memory on the way out
-_COMMIT_ATTEMPTS: Final = 50
 
 
 @dataclass(frozen=True)
@@ -72,6 +52,8 @@ class Record:
 
     batches: batch name -> {"content": digest of its layout, "new_classes": allowed or not, "version": what it became}.
     report: what the run that made the version said about it. writer: tells two runs apart that write the same record.
+    summary: None in records of before there were summaries; `summary_of` computes it then. retired_at: since when the rows are
+    gone (ISO 8601, UTC).
     """
 
     version: DatasetVersion
@@ -81,17 +63,24 @@ class Record:
     report: dict[str, Any]
     created_at: str
     writer: str = field(default_factory=lambda: uuid.uuid4().hex)
+    summary: Summary | None = None
+    retired_at: str | None = None
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
 
 
-def table_uri(store: Store, name: str) -> str:
-    return store.uri(f"datasets/{name}.lance")
+def dataset_names(store: Store) -> list[str]:
+    """Names of the datasets that have at least one version, sorted."""
+    folders = [folder for folder in list_folders(store, "datasets/") if not folder.endswith(".lance")]
+    return [name for name in folders if version_numbers(store, name)]
 
 
 def _versions_prefix(name: str) -> str:
     return f"datasets/{name}/versions/"
 
 
-def _record_key(name: str, version: int) -> str:
+def record_key(name: str, version: int) -> str:
     return f"{_versions_prefix(name)}{version:08d}.json"
 
 
@@ -102,15 +91,36 @@ def version_numbers(store: Store, name: str) -> list[int]:
 
 
 def read_record(store: Store, name: str, version: int) -> Record:
-    """The record of one version. Raises LookupError naming the versions that exist."""
+    """The record of one version, retired or not. Raises LookupError naming the versions that exist."""
     try:
-        found = json.loads(read(store, _record_key(name, version)))
+        found = json.loads(read(store, record_key(name, version)))
     except FileNotFoundError:
         known = ", ".join(map(str, version_numbers(store, name))) or "none"
         raise LookupError(f"dataset {name!r} has no version {version}; it has: {known}") from None
     stated = found.pop("version")
     of_rows = DatasetVersion(**{**stated, "classes": tuple(stated["classes"]), "uri": table_uri(store, name)})
-    return Record(**{**found, "version": of_rows, "carved": tuple(found["carved"])})
+    summary = summary_from(found["summary"]) if found.get("summary") else None
+    return Record(**{**found, "version": of_rows, "carved": tuple(found["carved"]), "summary": summary})
+
+
+def read_records(store: Store, name: str) -> list[Record]:
+    """The records of all versions, ascending. Raises LookupError naming the datasets when there is none of this name."""
+    records = [read_record(store, name, number) for number in version_numbers(store, name)]
+    if not records:
+        known = ", ".join(dataset_names(store)) or "none"
+        raise LookupError(f"there is no dataset {name!r}; there are: {known}")
+    return records
+
+
+def readable_record(store: Store, name: str, version: int) -> Record:
+    """The record of a version whose rows are there. Raises LookupError for one that was retired or never was."""
+    record = read_record(store, name, version)
+    if record.retired_at:
+        raise LookupError(
+            f"{name} v{version} was retired on {record.retired_at[:10]}: its record is kept, its rows are gone. "
+            f"`tirewatch dataset list {name}` shows the versions that can be read"
+        )
+    return record
 
 
 def newest_record(store: Store, name: str) -> Record | None:
@@ -125,14 +135,18 @@ def newest_version(store: Store, name: str) -> DatasetVersion | None:
 
 
 def open_version(store: Store, name: str, version: int) -> DatasetVersion:
-    """Version number `version` of the dataset. Raises LookupError naming the versions that exist."""
-    return read_record(store, name, version).version
+    """Version number `version` of the dataset. Raises LookupError when it was retired, or naming the versions that exist."""
+    return readable_record(store, name, version).version
 
 
-def _open_table(store: Store, name: str, lance_version: int | None = None) -> "lance.LanceDataset":
-    import lance
+def open_rows(store: Store, record: Record) -> "lance.LanceDataset":
+    """The rows of a version as a Lance table, for those who read more than one split in order."""
+    return open_table(store, record.version.name, record.lance_version)
 
-    return lance.dataset(table_uri(store, name), version=lance_version, storage_options=store.lance_options)
+
+def summary_of(store: Store, record: Record) -> Summary:
+    """What the rows of the version look like: from the record, or computed for one that was written before there were any."""
+    return record.summary or summarised(open_rows(store, record))
 
 
 def read_rows(
@@ -144,12 +158,13 @@ def read_rows(
 ) -> Iterator[pa.RecordBatch]:
     """The rows of the splits in order of sha256, in Arrow batches of `batch_size` rows, at most a few of them in memory.
 
-    `columns` None: all of SCHEMA. Raises ValueError for a split or column that does not exist.
+    `columns` None: all of SCHEMA. Raises ValueError for a split or column that does not exist, LookupError for a retired
+    version.
     """
     wanted = list(columns) if columns is not None else SCHEMA.names
     if unknown := (set(splits) - set(SPLITS)) | (set(wanted) - set(SCHEMA.names)):
         raise ValueError(f"unknown {sorted(unknown)}: splits are {list(SPLITS)}, columns are {SCHEMA.names}")
-    table = _open_table(store, version.name, read_record(store, version.name, version.version).lance_version)
+    table = open_rows(store, readable_record(store, version.name, version.version))
     index = table.to_table(columns=["sha256", "split"])
     index = index.append_column("position", pa.array(range(index.num_rows), pa.int64()))
     index = index.filter(pc.is_in(index["split"], pa.array(splits, pa.string()))).sort_by("sha256")
@@ -174,14 +189,15 @@ def _ahead(slices: Sequence[list[int]], take: Callable[[list[int]], pa.RecordBat
             yield rows
 
 
-def known_rows(store: Store, base: Record | None, photographs: Sequence[Photograph]) -> Known:
-    """What the base version holds already, as far as these photographs meet it."""
+def known_rows(
+    store: Store, base: Record | None, photographs: Sequence[Photograph], corrections: Sequence[Correction] = ()
+) -> Known:
+    """What the base version holds already, as far as these photographs and corrections meet it."""
     if base is None:
         return Known()
-    index = _open_table(store, base.version.name, base.lance_version).to_table(
-        columns=["sha256", "label", "group", "split"]
-    )
-    met = index.filter(pc.is_in(index["sha256"], pa.array([each.sha256 for each in photographs], pa.string())))
+    index = open_rows(store, base).to_table(columns=["sha256", "label", "group", "split"])
+    named = [each.sha256 for each in photographs] + [each.sha256 for each in corrections]
+    met = index.filter(pc.is_in(index["sha256"], pa.array(named, pa.string())))
     kin = index.filter(pc.is_in(index["group"], pa.array([each.group for each in photographs], pa.string())))
     counts = index.group_by(["label", "split"]).aggregate([([], "count_all")]).to_pylist()
     return Known(
@@ -212,24 +228,28 @@ def append(
     bytes_of: Callable[[Photograph], bytes],
     report: Mapping[str, Any],
 ) -> Record | None:
-    """The version after `base` (None: the first) with the planned rows as well; None when another run took that number.
+    """The version after `base` (None: the first) with the planned rows as well, and with the planned corrections; None when
+    another run took that number.
 
     May be killed anywhere and called again.
     """
-    lance_version = _commit(store, batch, base, planned.rows, bytes_of)
-    index = _open_table(store, batch.dataset, lance_version).to_table(columns=["sha256", "label", "split"])
+    name, labels = batch.dataset, {each.sha256: each.label for each in planned.relabelled}
+    copied = relabelled_rows(open_rows(store, base), labels) if base else ()
+    rows = chain(new_rows(planned.rows, bytes_of, batch.name), copied)
+    lance_version = commit_rows(store, name, base.lance_version if base else None, rows, labels.keys())
+    table = open_table(store, name, lance_version)
     number = base.version.version + 1 if base else 1
     earlier = base.batches if base else {}
     record = Record(
-        version=_version_of(store, batch.dataset, number, index),
+        version=_version_of(store, name, number, table.to_table(columns=["sha256", "label", "split"])),
         lance_version=lance_version,
         carved=planned.carved,
         batches={**earlier, batch.name: {**_identity(batch, planned.new_classes), "version": number}},
         report=dict(report),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        summary=summarised(table),
     )
-    told = json.dumps(asdict(record), indent=1).encode()
-    if not write_if_absent(store, _record_key(batch.dataset, number), told):
+    if not write_if_absent(store, record_key(name, number), record.to_json()):
         return None
     tag(store, record)
     return record
@@ -247,7 +267,8 @@ def record_of_batch(store: Store, batch: Batch, new_classes: bool) -> Record | N
     if before is None or before != {**_identity(batch, new_classes), "version": before["version"]}:
         return None
     record = read_record(store, batch.dataset, before["version"])
-    tag(store, record)  # the earlier run may have been killed before it
+    if not record.retired_at:
+        tag(store, record)  # the earlier run may have been killed before it
     return record
 
 
@@ -263,83 +284,10 @@ def _version_of(store: Store, name: str, number: int, index: pa.Table) -> Datase
     )
 
 
-def _commit(
-    store: Store,
-    batch: Batch,
-    base: Record | None,
-    rows: Sequence[tuple[Photograph, str]],
-    bytes_of: Callable[[Photograph], bytes],
-) -> int:
-    """Rows of the base and these rows, as a Lance version; its number."""
-    import lance
-    from lance.commit import CommitConflictError
-    from lance.fragment import write_fragments
-
-    name, options = batch.dataset, store.lance_options
-    uri = table_uri(store, name)
-    batches = _arrow_batches(rows, bytes_of, batch.name)
-    written = write_fragments(
-        pa.RecordBatchReader.from_batches(SCHEMA, batches), uri, schema=SCHEMA, storage_options=options
-    )
-    kept = (
-        [] if base is None else [each.metadata for each in _open_table(store, name, base.lance_version).get_fragments()]
-    )
-    operation = lance.LanceOperation.Overwrite(SCHEMA, [*kept, *written])
-    for _ in range(_COMMIT_ATTEMPTS):
-        try:
-            latest = _open_table(store, name).version
-        except ValueError:  # how Lance says that there is no table yet
-            latest = None
-        try:
-            return int(lance.LanceDataset.commit(uri, operation, read_version=latest, storage_options=options).version)
-        except CommitConflictError:
-            continue
-        except OSError as error:  # how Lance says that another run made the table meanwhile
-            if "already exists" not in str(error):
-                raise
-    raise RuntimeError(f"{uri}: {_COMMIT_ATTEMPTS} commits were overtaken by others; run this batch again")
-
-
-def _arrow_batches(
-    rows: Sequence[tuple[Photograph, str]], bytes_of: Callable[[Photograph], bytes], batch: str
-) -> Iterator[pa.RecordBatch]:
-    some: list[dict[str, Any]] = []
-    held = 0
-    for photograph, split in rows:
-        if some and (held + photograph.size > _WRITE_BYTES or len(some) == 1024):
-            yield pa.RecordBatch.from_pylist(some, schema=SCHEMA)
-            some, held = [], 0
-        some.append(_row(photograph, split, bytes_of(photograph), batch))
-        held += photograph.size
-    if some:
-        yield pa.RecordBatch.from_pylist(some, schema=SCHEMA)
-
-
-def _row(photograph: Photograph, split: str, image: bytes, batch: str) -> dict[str, Any]:
-    item = photograph.item
-    return {
-        "image": image,
-        "sha256": photograph.sha256,
-        "phash": photograph.phash,
-        "source_key": item.object.key,
-        "source_version": photograph.source_version,
-        "label": item.label,
-        "group": photograph.group,
-        "split": split,
-        "width": photograph.width,
-        "height": photograph.height,
-        "format": photograph.format,
-        "batch": batch,
-        "captured_at": item.captured_at,
-        "line": item.line,
-        **photograph.statistics,
-    }
-
-
 def tag(store: Store, record: Record) -> None:
     """Lance tag `v<n>` on the version's rows, for Lance's own tools: their clean-up spares what is tagged. Repeatable."""
     name = f"v{record.version.version}"
-    tags = _open_table(store, record.version.name, record.lance_version).tags
+    tags = open_rows(store, record).tags
     if name in tags.list():
         return
     try:

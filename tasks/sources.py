@@ -7,10 +7,12 @@ import csv
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from tasks.batch import ANNOTATIONS, INCOMING, MARKER, batch_of
-from tasks.storage import Store, write, write_many
+from tasks.importers import Found
+from tasks.storage import Store, list_objects, write, write_many
 
 SOLAR_CELLS_LICENCE: Final = (
     "elpv-dataset: CC BY-NC-SA 4.0 (non-commercial), https://creativecommons.org/licenses/by-nc-sa/4.0/"
@@ -67,15 +69,32 @@ def digit_folders(destination: Path, side: int = 32) -> Path:
 def upload_folder(store: Store, folder: Path, dataset: str, batch: str) -> str:
     """Uploads every file below `folder` as `incoming/<dataset>/<batch>/`; the prefix.
 
-    What seals the batch goes last: `annotations.json` where the folder has one, else the marker.
+    What seals the batch goes last: `annotations.json` where the folder has one, else the marker. Uploading again completes what
+    an earlier call began. Raises ValueError for an empty folder, and where the batch already holds files that the folder lacks.
     """
     prefix = f"{INCOMING}/{dataset}/{batch}/"
     batch_of(dataset, prefix)
     found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     if not found:
         raise ValueError(f"{folder} holds no files: nothing to upload")
+    keys = {prefix + path.relative_to(folder).as_posix() for path in found} | {prefix + MARKER}
+    others = [each.key for each in list_objects(store, prefix) if each.key not in keys]
+    if others:
+        raise ValueError(
+            f"{prefix} holds {len(others)} files that {folder} lacks, such as {others[0]}: choose another name for the batch"
+        )
     seals = [folder / MARKER, *(path for path in found if path == folder / ANNOTATIONS)]
     write_many(store, ((prefix + path.relative_to(folder).as_posix(), path) for path in found if path not in seals))
     seal = seals[-1]
     write(store, prefix + seal.name, seal.read_bytes() if seal.exists() else b"")
     return prefix
+
+
+def upload_set(store: Store, folder: Path, dataset: str, batch: str, found: Found) -> str:
+    """Uploads what `tasks.importers.recognised` found in the folder, by way of a temporary folder where it is no batch yet."""
+    if found.write is None:
+        return upload_folder(store, folder, dataset, batch)
+    batch_of(dataset, f"{INCOMING}/{dataset}/{batch}/")  # before minutes are spent on the conversion
+    with TemporaryDirectory(prefix="tirewatch-upload-") as temporary:
+        found.write(Path(temporary))
+        return upload_folder(store, Path(temporary), dataset, batch)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -54,11 +54,12 @@ class Store:
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One entry of a listing."""
+    """One entry of a listing. modified: when it was written, by the store's clock."""
 
     key: str
     size: int
     etag: str
+    modified: datetime | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,17 @@ def _client(store: Store) -> "S3Store":
 def list_objects(store: Store, prefix: str) -> list[StoredObject]:
     """Every object below `prefix` (a folder: it matches whole path segments), sorted by key; all pages."""
     found = [
-        StoredObject(entry["path"], entry["size"], entry["e_tag"] or "")
+        StoredObject(entry["path"], entry["size"], entry["e_tag"] or "", entry["last_modified"])
         for page in obstore.list(_client(store), prefix.strip("/"), chunk_size=1000)
         for entry in page
     ]
     return sorted(found, key=lambda each: each.key)
+
+
+def list_folders(store: Store, prefix: str) -> list[str]:
+    """Names of the folders right below `prefix`, sorted, without looking into them."""
+    found = obstore.list_with_delimiter(_client(store), prefix.strip("/"))
+    return sorted(each.rsplit("/", 1)[-1] for each in found["common_prefixes"])
 
 
 def exists(store: Store, key: str) -> bool:

@@ -1,0 +1,275 @@
+"""`tirewatch dataset ...` and `tirewatch upload`: dataset versions from the command line, in tables or as JSON."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from deploy.stack import StackError, read_stack
+
+if TYPE_CHECKING:
+    from flows.settings import Settings
+    from tasks.dataset import Record
+    from tasks.storage import Store
+
+app: Final = typer.Typer(no_args_is_help=True, help="Versions of datasets: list, show, diff, export, prune.")
+console: Final = Console()
+
+State = Annotated[Path, typer.Option(help="State folder of the stack")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts")]
+_STATE: Final = Path(".tirewatch")
+_REFERENCE: Final = re.compile(r"([a-z0-9][a-z0-9_-]{0,62})(?:@v?(\d{1,9}))?")
+
+
+@contextmanager
+def _settings(state: Path) -> "Iterator[Settings]":
+    """The settings of the running stack; what people can mend ends in one sentence and exit code 1."""
+    from tasks.retention import ReferencesUnknown
+
+    try:
+        os.environ.update(read_stack(state).environment())
+        from flows.settings import Settings
+
+        yield Settings()
+    except (StackError, LookupError, ValueError, FileExistsError, ReferencesUnknown) as error:
+        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@app.command("list")
+def list_versions(
+    name: Annotated[str | None, typer.Argument(help="A dataset; without it, all of them")] = None,
+    as_json: AsJson = False,
+    state: State = _STATE,
+) -> None:
+    """Datasets, or the versions of one."""
+    from tasks.dataset import dataset_names, read_records
+
+    with _settings(state) as here:
+        store = here.store
+        if name is None:
+            newest = {each: read_records(store, each)[-1:] for each in dataset_names(store)}
+            records = [record for found in newest.values() for record in found]
+        else:
+            records = read_records(store, name)
+    if as_json:
+        typer.echo(json.dumps([_told(record) for record in records], indent=1))
+        return
+    table = _table("dataset", "version", "train", "val", "test", "classes", "made", "by batch", "digest", "")
+    for record in records:
+        version = record.version
+        gone = f"retired {record.retired_at[:10]}" if record.retired_at else ""
+        splits = [str(version.splits[split]) for split in ("train", "val", "test")]
+        made = [str(len(version.classes)), record.created_at[:16], _made_by(record), version.digest[7:19], gone]
+        _add(table, version.name, f"v{version.version}", *splits, *made)
+    console.print(table, soft_wrap=True)
+
+
+@app.command()
+def show(
+    reference: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Without a version, the newest")],
+    as_json: AsJson = False,
+    state: State = _STATE,
+) -> None:
+    """What one version holds: classes, splits, formats, sizes and statistics of its photographs."""
+    from tasks.dataset import summary_of
+
+    with _settings(state) as here:
+        record = _record(here.store, reference)
+        summary = None if record.retired_at and record.summary is None else summary_of(here.store, record)
+    if as_json:
+        typer.echo(json.dumps({**_told(record), "summary": summary and asdict(summary)}, indent=1))
+        return
+    version = record.version
+    console.print(f"[bold]{version.name} v{version.version}[/]  {version.digest}", highlight=False, soft_wrap=True)
+    gone = f"; retired on {record.retired_at[:10]}: its rows are gone" if record.retired_at else ""
+    _say(f"made {record.created_at[:19]} by batch {_made_by(record)}{gone}")
+    if summary is None:
+        return
+    width, height = (_range(side) for side in (summary.width, summary.height))
+    formats = ", ".join(f"{count} {kind}" for kind, count in summary.formats.items())
+    _say(f"{summary.rows} photographs ({formats}), {width} x {height} pixels")
+    _show_counts("class", summary.classes)
+    batches = _table("batch", "photographs")
+    for name, count in [*summary.batches.items(), *([("others", summary.other_batches)] * bool(summary.other_batches))]:
+        _add(batches, name, str(count))
+    console.print(batches)
+    statistics = _table("statistic", "mean", "deviation", "1 %", "5 %", "25 %", "50 %", "75 %", "95 %", "99 %")
+    for name, spread in summary.statistics.items():
+        values = (spread.mean, spread.deviation, *spread.quantiles)
+        _add(statistics, name, *(f"{value:.4g}" for value in values))
+    console.print(statistics)
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="NAME@VERSION")],
+    second: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="Without a version, the newest")],
+    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="How many of each kind are listed")] = 20,
+    as_json: AsJson = False,
+    state: State = _STATE,
+) -> None:
+    """What was added, removed and relabelled from one version to another; with --json all of it."""
+    from tasks.dataset_compare import difference
+
+    with _settings(state) as here:
+        store = here.store
+        found = difference(store, _record(store, first).version, _record(store, second).version)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=1))
+        return
+    counts = ", ".join(f"{count} {kind}" for kind, count in found.counts.items())
+    _say(f"{_shown(first)} -> {_shown(second)}: {counts}")
+    told = found.as_json(limit)
+    for kind in ("added", "removed", "relabelled", "moved"):
+        if not told[kind]:
+            continue
+        table = _table(kind, *(name for name in told[kind][0] if name != "sha256"))
+        for row in told[kind]:
+            _add(table, row["sha256"][:12], *(str(value) for name, value in row.items() if name != "sha256"))
+        console.print(table, soft_wrap=True)
+        if (more := found.counts[kind] - len(told[kind])) > 0:
+            console.print(f"and {more} more", style="dim")
+
+
+@app.command()
+def export(
+    reference: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="Without a version, the newest")],
+    folder: Annotated[Path, typer.Argument(help="A folder that is new or empty")],
+    split: Annotated[
+        list[str] | None, typer.Option(help="train, val or test; may be repeated; without it, all")
+    ] = None,
+    split_folders: Annotated[bool, typer.Option(help="Class folders below train/, val/ and test/")] = True,
+    state: State = _STATE,
+) -> None:
+    """The photographs in class folders, with an annotations.json that ingests again to the same rows."""
+    from tasks.dataset_export import export as write_folder
+
+    with _settings(state) as here, console.status("exporting") as status:
+        version = _record(here.store, reference).version
+        total = sum(version.splits[each] for each in split or version.splits if each in version.splits)
+
+        def progress(written: int) -> None:
+            if written % 100 == 0:
+                status.update(f"exporting {written} of {total}")
+
+        written = write_folder(here.store, version, folder, split or tuple(version.splits), split_folders, progress)
+    _say(f"{written} photographs of {version.name} v{version.version} in {folder}")
+
+
+@app.command()
+def prune(
+    name: Annotated[str, typer.Argument(help="A dataset")],
+    keep: Annotated[int, typer.Option(min=1, help="The newest versions that stay in any case")] = 10,
+    min_age: Annotated[float, typer.Option(min=0, help="Days that a version must be old")] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be retired, change nothing")] = False,
+    as_json: AsJson = False,
+    state: State = _STATE,
+) -> None:
+    """Retire old versions that no registered model and no training run refers to; their records stay."""
+    from tasks.dataset import read_records
+    from tasks.retention import referenced_versions, retire, versions_to_retire
+
+    now = datetime.now(UTC)
+    with _settings(state) as here:
+        records = read_records(here.store, name)
+        referenced = referenced_versions(here.mlflow_tracking_uri, name)
+        chosen = versions_to_retire(records, referenced, keep, timedelta(days=min_age), now)
+        freed = 0 if dry_run else retire(here.store, name, chosen, now).bytes_removed
+    if as_json:
+        told = {"retired": chosen, "referenced": sorted(referenced), "bytes_removed": freed, "dry_run": dry_run}
+        typer.echo(json.dumps({"dataset": name, **told}))
+        return
+    shown = ", ".join(f"v{number}" for number in chosen) or "no version"
+    kept = (
+        f"of {len(records)}; models and runs name {', '.join(f'v{number}' for number in sorted(referenced)) or 'none'}"
+    )
+    _say(f"would retire {shown} {kept}" if dry_run else f"retired {shown} {kept}; {freed / 2**20:.1f} MiB given back")
+
+
+def upload(
+    folder: Annotated[
+        Path, typer.Argument(help="Class folders, images with annotations.json, MNIST IDX or binary CIFAR-10")
+    ],
+    dataset: Annotated[str, typer.Option(help="Name of the dataset")],
+    batch: Annotated[str | None, typer.Option(help="Name of the batch; without it, that of the folder")] = None,
+    state: State = _STATE,
+) -> None:
+    """Upload photographs as a sealed batch: its event starts ingest."""
+    from tasks.importers import recognised
+    from tasks.sources import upload_set
+
+    named = batch or re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip(".-") or "batch"
+    with _settings(state) as here:
+        found = recognised(folder)
+        _say(f"{folder}: {found.text}")
+        with console.status("uploading"):
+            prefix = upload_set(here.store, folder, dataset, named, found)
+    _say(f"uploaded and sealed as {here.store.uri(prefix)}")
+
+
+def _record(store: "Store", reference: str) -> "Record":
+    from tasks.dataset import read_record, read_records, version_numbers
+
+    parsed = _REFERENCE.fullmatch(reference)
+    if not parsed:
+        raise ValueError(f"{reference!r} names no version: write NAME or NAME@VERSION, such as tire@12")
+    name, number = parsed.groups()
+    if number is None:
+        return read_records(store, name)[-1]
+    if not version_numbers(store, name):
+        read_records(store, name)  # says which datasets there are
+    return read_record(store, name, int(number))
+
+
+def _told(record: "Record") -> dict[str, Any]:
+    told = asdict(record)
+    told.pop("writer")
+    told.pop("summary")
+    return {**told.pop("version"), **told}
+
+
+def _made_by(record: "Record") -> str:
+    number = record.version.version
+    return ", ".join(name for name, told in record.batches.items() if told["version"] == number) or "-"
+
+
+def _shown(reference: str) -> str:
+    return reference.replace("@v", "@").replace("@", " v")
+
+
+def _range(ends: Sequence[int]) -> str:
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}-{ends[1]}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _add(table: Table, *values: str) -> None:
+    table.add_row(*(escape(value) for value in values))  # a class may well be called [bold]
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_counts(what: str, counts: Mapping[str, Mapping[str, int]]) -> None:
+    table = _table(what, "train", "val", "test", "all")
+    for name, splits in counts.items():
+        values = [splits.get(split, 0) for split in ("train", "val", "test")]
+        _add(table, name, *(str(value) for value in values), str(sum(values)))
+    console.print(table)
