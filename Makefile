@@ -7,7 +7,7 @@ BIN := .venv/bin
 DATA ?=
 DEFECT ?=
 
-.PHONY: help install demo up down status format check test test-all test-browser bench lock
+.PHONY: help install demo up down status format check test test-all test-slow bench lock
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -67,8 +67,8 @@ test: install ## the suite against real S3, Prefect, MLflow and Triton (under 10
 test-all: install .venv/.weights .venv/.photographs ## everything, with the slow and the browser tests
 	$(BIN)/python -m pytest
 
-test-browser: install ## pages in headless Chromium (needs Debian's chromium)
-	$(BIN)/python -m pytest -m browser
+test-slow: install ## the slow and the browser tests alone (pages need Debian's chromium)
+	$(BIN)/python -m pytest -m "slow or browser"
 
 bench: install .venv/.weights .venv/.photographs ## all benchmarks into docs/performance.md
 	$(BIN)/python -m benchmarks

@@ -208,7 +208,8 @@ def _train_longer(story: Story, trained: "FlowRun", version: int | None) -> "Flo
     config = dict(trained.parameters.get("config") or {})
     longer = {**config, "epochs": 2 * int(config.get("epochs", 6)), "continue_from": version, "max_minutes": 10}
     recipe, since = str(trained.parameters["dataset"]), datetime.now(UTC)
-    run_deployment(f"train/{recipe}", parameters={**trained.parameters, "config": longer}, timeout=0, as_subflow=False)
+    parameters = {**trained.parameters, "config": longer, "occasion": None}  # by hand: whatever was decided before
+    run_deployment(f"train/{recipe}", parameters=parameters, timeout=0, as_subflow=False)
     story.say(f"training once more, up to {longer['epochs']} epochs" + (f", from v{version}" if version else ""))
     return story.follow(f"train/{recipe}", since, {"dataset": recipe})
 

@@ -46,10 +46,10 @@ def for_recipe(
     options, config and limits replace single fields of the ingest, train and promote parameters.
     Raises LookupError when prefect.yaml has no such template.
     """
-    chosen = [deepcopy(found) for found in parsed["deployments"] if found["name"] == template]
-    if not chosen:
-        known = sorted({found["name"] for found in parsed["deployments"]})
+    known = sorted({found["name"] for found in parsed["deployments"] if flow_of(found) == "train"})
+    if template not in known:
         raise LookupError(f"prefect.yaml has no recipe {template!r}; it has {', '.join(known)}")
+    chosen = [deepcopy(found) for found in parsed["deployments"] if found["name"] == template]
     changes = {"options": options, "config": config, "limits": limits}
     for deployment in chosen:
         _rename(deployment, template, name)

@@ -5,14 +5,16 @@ the event `tirewatch.dataset.version.created`, which starts training. Needs the 
 
     prefect deployment run 'ingest/tire' -p prefix=incoming/tire/batch-1/
 
-Running a batch again changes nothing and gives the same answer; a run that died half-way is made good by the next.
+Running a batch again changes nothing and gives the same answer; a run that died half-way is made good by the next. A run that
+an event started (it has an `occasion`) leaves a batch alone that was refused with this very content.
 """
 
 import json
 import logging
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +32,7 @@ from tasks.storage import NETWORK_RETRY, Store
 if TYPE_CHECKING:
     from tasks.batch import Batch
     from tasks.checks import Examination, Plan
+    from tasks.claims import Subject
     from tasks.dataset import DatasetVersion, Record
 
 log = logging.getLogger(__name__)
@@ -64,13 +67,15 @@ class IngestOptions(BaseModel):
 class Ingested:
     """What a batch has become. counts: findings by reason. rows: label -> split -> rows that this batch added.
 
-    carved: splits that were taken out of the given train rows because none was given. examples: some quarantined files.
+    relabelled: "old label -> new label" -> corrected photographs. carved: splits that were taken out of the given train rows
+    because none was given. examples: some quarantined files.
     """
 
     batch: str
     version: "DatasetVersion"
     created: bool
     new_rows: int
+    relabelled: dict[str, int]
     quarantined: int
     counts: dict[str, int]
     rows: dict[str, dict[str, int]]
@@ -79,35 +84,89 @@ class Ingested:
 
 
 @flow(name="ingest", flow_run_name="ingest {prefix}")
-def ingest(dataset: str, prefix: str, options: IngestOptions = IngestOptions()) -> State[Ingested]:
+def ingest(
+    dataset: str, prefix: str, options: IngestOptions = IngestOptions(), occasion: str | None = None
+) -> State[Ingested | None]:
     """Read the batch, check every photograph, write the next dataset version, say so.
 
     Args:
         dataset: Name of the dataset, as in `incoming/<dataset>/`.
         prefix: Where the batch lies: `incoming/<dataset>/<batch>/`.
         options: How strictly the batch is read and how its rows are split.
+        occasion: The event that started this run. Empty by hand: then a batch that was refused is looked at again.
     """
     store = settings().store
-    batch = find_batch(store, dataset, prefix)
-    result = already_ingested(store, batch, options)
-    if result is None:
-        with (
-            TemporaryDirectory(prefix="tirewatch-ingest-") as spool,
-            examine_photographs(store, batch, Path(spool)) as examination,
-        ):
-            result = commit(store, batch, examination, options)
-            show(result, pictures_of(examination))
+    with refusals_kept(store, dataset, prefix):
+        batch = find_batch(store, dataset, prefix)
+        result = already_ingested(store, batch, options)
+        if result is None:
+            if occasion and (why := reason_to_wait(store, batch)):
+                return Completed(name="Unchanged", message=why)
+            with (
+                TemporaryDirectory(prefix="tirewatch-ingest-") as spool,
+                examine_photographs(store, batch, Path(spool)) as examination,
+            ):
+                result = commit(store, batch, examination, options)
+                show(result, pictures_of(examination))
     announce(store, result.version)
+    decided(store, batch.prefix, batch.content, "ingested", {"version": result.version.version})
     return final_state(result)
 
 
-def final_state(result: Ingested) -> State[Ingested]:
+@contextmanager
+def refusals_kept(store: Store, dataset: str, prefix: str) -> Iterator[None]:
+    """Writes down that the batch was refused with this content; the refusal itself goes on and fails the run."""
+    from tasks.batch import BatchRefused, content_of
+
+    try:
+        yield
+    except BatchRefused as refusal:
+        decided(store, prefix, content_of(store, dataset, prefix), "refused", {"reason": str(refusal)})
+        raise
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def reason_to_wait(store: Store, batch: "Batch") -> str | None:
+    """Why the batch must not be ingested now: it was refused with this content, or another run is at it."""
+    from tasks.claims import claim, read_verdict
+    from tasks.runs import is_alive, this_run
+
+    subject = subject_of(batch.prefix, batch.content)
+    made = read_verdict(store, subject)
+    if made and made.outcome == "refused":
+        return f"{batch.prefix} was refused with this very content by run {made.run}: {made.figures['reason']}"
+    if not claim(store, subject, this_run(), is_alive):
+        return f"another run is ingesting {batch.prefix}"
+    return None
+
+
+def subject_of(prefix: str, content: str) -> "Subject":
+    """What ingest decides about: a batch with its content."""
+    from tasks.claims import Subject
+
+    _, dataset, batch = prefix.strip("/").split("/")
+    return Subject(f"ingest/{dataset}", f"{batch}/{content.removeprefix('sha256:')[:16]}")
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def decided(store: Store, prefix: str, content: str, outcome: str, figures: Mapping[str, Any]) -> None:
+    """Writes down what became of the batch: repeated events and `sweep` read it."""
+    from tasks.claims import Verdict, write_verdict
+    from tasks.runs import this_run
+
+    write_verdict(store, subject_of(prefix, content), Verdict(outcome, this_run(), figures=dict(figures)))
+
+
+def final_state(result: Ingested) -> State[Ingested | None]:
     """The state tells a run that changed something from one that did not; triggers and people read its name."""
     where = f"{result.version.name} v{result.version.version}"
     if not result.created:
         return Completed(name="Unchanged", message=f"{where} holds all of {result.batch} already", data=result)
     bad = f", {result.quarantined} files quarantined" if result.quarantined else ""
-    return Completed(message=f"{where}: {result.new_rows} new photographs from {result.batch}{bad}", data=result)
+    corrected = f", {sum(result.relabelled.values())} labels corrected" if result.relabelled else ""
+    return Completed(
+        message=f"{where}: {result.new_rows} new photographs from {result.batch}{corrected}{bad}", data=result
+    )
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
@@ -147,17 +206,17 @@ def commit(store: Store, batch: "Batch", examination: "Examination", options: In
         if made := record_of_batch(store, batch, options.new_classes):  # by the try before this one
             return _ingested(batch.name, made.version, created=True, report=made.report)
         base = newest_record(store, batch.dataset)
-        known = known_rows(store, base, examination.photographs)
+        known = known_rows(store, base, examination.photographs, batch.corrections)
         planned = plan(batch, examination, known, rule, options.new_classes)
         refuse_if_too_bad(batch, planned, options.max_quarantined_share)
         quarantine(store, batch, planned)  # before the version: a run killed in between is not asked again
         report = report_of(batch, planned)
-        if planned.rows:
-            record = append(store, base, batch, planned, examination.bytes_of, report)
-        else:
-            record = _nothing_new(batch, base)
+        changed = bool(planned.rows or planned.relabelled)
+        record = (
+            append(store, base, batch, planned, examination.bytes_of, report) if changed else _nothing_new(batch, base)
+        )
         if record is not None:
-            return _ingested(batch.name, record.version, created=bool(planned.rows), report=report)
+            return _ingested(batch.name, record.version, created=changed, report=report)
         log.info("another run made a version of %s meanwhile; deciding again upon it", batch.dataset)
     raise RuntimeError(
         f"{_COMMIT_ATTEMPTS} rounds against other runs into {batch.dataset!r} were lost: run this batch again"
@@ -191,6 +250,7 @@ def report_of(batch: "Batch", planned: "Plan") -> dict[str, Any]:
     return {
         "prefix": batch.prefix,
         "new_rows": len(planned.rows),
+        "relabelled": dict(Counter(f"{each.was} -> {each.label}" for each in planned.relabelled)),
         "quarantined": len(planned.quarantined),
         "counts": dict(Counter(each.reason for each in planned.findings).most_common()),
         "rows": {
@@ -208,6 +268,7 @@ def _ingested(batch: str, version: "DatasetVersion", created: bool, report: Mapp
         version=version,
         created=created,
         new_rows=report["new_rows"],
+        relabelled=report.get("relabelled", {}),
         quarantined=report["quarantined"],
         counts=report["counts"],
         rows=report["rows"],
@@ -258,6 +319,8 @@ def as_markdown(result: Ingested, classes: tuple[str, ...], sheet: bytes) -> str
             + [("**all of the version**", *(f"**{version.splits[split]}**" for split in SPLITS))],
         ),
     ]
+    if result.relabelled:
+        lines.append(_table(("label corrected", "photographs"), [(k, str(n)) for k, n in result.relabelled.items()]))
     if result.carved:
         lines.append(f"No {' and '.join(result.carved)} split was given: taken out of the given train rows, by group.")
     if result.counts:

@@ -2,11 +2,12 @@
 
 Makes: an ONNX network with normalisation inside, proven against PyTorch and on a scratch server; a sealed version in the
 Triton model repository; a new routing table; the alias `champion`; a ledger entry. Needs: S3, MLflow, the live Triton.
-By hand: `prefect deployment run 'promote/tire' -p version=7`.
+By hand: `prefect deployment run 'promote/tire' -p version=7`. A run that an event started (it has an `occasion`) proves a
+version only when its deployment has not yet decided about it.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from tasks.routing import read_routing
 from tasks.storage import NETWORK_RETRY
 
 if TYPE_CHECKING:
+    from tasks.claims import Subject
     from tasks.proof import Proof
     from tasks.registry import ModelCard, TrainedModel
     from tasks.sealed import SealedVersion
@@ -31,19 +33,25 @@ if TYPE_CHECKING:
 
 
 @flow(name="promote", flow_run_name="promote {model}")
-def promote(model: str, version: int | None = None, limits: Limits = Limits()) -> State[Any]:
+def promote(
+    model: str, version: int | None = None, limits: Limits = Limits(), occasion: str | None = None
+) -> State[Any]:
     """Prove a registered version on the served engine and switch to it; or refuse it, with every reason.
 
     Args:
         model: Registered model, and public name of the Triton model.
         version: Registered version; the newest one when left empty.
         limits: What the candidate must prove.
+        occasion: The event that started this run. Empty by hand: then the version is proven whatever was decided before.
     """
     here = settings()
     candidate, card = find_candidate(here, model, version)
+    if occasion and (why := reason_to_wait(here, candidate)):
+        return Completed(name="Unchanged", message=why)
     table = read_routing(here.serving_root, model)
     if table and table.champion.version == candidate.version:
         conclude(here, candidate, table.previous.version if table.previous else None, {})
+        decided(here, candidate, "promoted")
         return Completed(name="Unchanged", message=f"{model} v{candidate.version} is the champion already")
     staged = export(here, candidate, card)
     proof = prove(here, candidate, card, staged, limits)
@@ -51,14 +59,15 @@ def promote(model: str, version: int | None = None, limits: Limits = Limits()) -
     record(here, candidate, decision, proof.figures)
     if not decision.promote:
         discard(staged)
-        return refused(candidate, decision)
+        return refused(here, candidate, decision)
     swap = switch(here, staged, proof, limits)
     decision = Decision((*decision.gates, *swap.gates))
     figures = {**proof.figures, **swap.figures}
     record(here, candidate, decision, figures)
     if swap.undone:
-        return refused(candidate, decision)
+        return refused(here, candidate, decision)
     conclude(here, candidate, swap.previous, figures)
+    decided(here, candidate, "promoted")
     return Completed(
         name="Promoted", message=f"{model} v{candidate.version} answers; before it: {swap.previous or 'nothing'}"
     )
@@ -71,6 +80,33 @@ def find_candidate(here: Settings, model: str, version: int | None) -> "tuple[Tr
 
     uri = here.mlflow_tracking_uri
     return load_card(uri, model, version if version is not None else newest_version(uri, model))
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def reason_to_wait(here: Settings, candidate: "TrainedModel") -> str | None:
+    """Why this deployment must not prove the candidate now: it has decided about it, or another run is at it."""
+    from tasks.claims import reason_to_leave
+    from tasks.runs import is_alive, this_run
+
+    what = f"{candidate.name} v{candidate.version}"
+    return reason_to_leave(here.store, subject_of(candidate), this_run(), is_alive, what)
+
+
+def subject_of(candidate: "TrainedModel") -> "Subject":
+    """What this deployment decides about: the registered version."""
+    from tasks.claims import Subject
+    from tasks.runs import this_stage
+
+    return Subject(this_stage(), f"{candidate.name}/v{candidate.version:08d}")
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def decided(here: Settings, candidate: "TrainedModel", outcome: str, reasons: Sequence[str] = ()) -> None:
+    """Writes down what became of the candidate here: repeated events and `sweep` read it."""
+    from tasks.claims import Verdict, write_verdict
+    from tasks.runs import this_run
+
+    write_verdict(here.store, subject_of(candidate), Verdict(outcome, this_run(), figures={"reasons": list(reasons)}))
 
 
 @task(cache_policy=NO_CACHE)
@@ -165,8 +201,9 @@ def switch(here: Settings, staged: Path, proof: "Proof", limits: Limits) -> "Swa
     )
 
 
-def refused(candidate: "TrainedModel", decision: Decision) -> State[Any]:
+def refused(here: Settings, candidate: "TrainedModel", decision: Decision) -> State[Any]:
     """Nothing changed for anybody; the reasons are in the artifact, in MLflow, in the event and in the state."""
+    decided(here, candidate, "refused", decision.reasons)
     emit(
         "tirewatch.model.refused",
         f"tirewatch.model.{candidate.name}",

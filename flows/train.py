@@ -6,11 +6,12 @@ Needs S3, MLflow and the Prefect server. By hand:
 
     prefect deployment run 'train/tire' -p config='{"epochs": 10}'
 
-The test split is read once, after everything has been decided, and never by training or selection.
+The test split is read once, after everything has been decided, and never by training or selection. A run that an event or a
+schedule started (it has an `occasion`) trains only when its deployment has not yet decided about this dataset version.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,15 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.settings import Settings, settings
-from tasks.recipe import TrainConfig
+from tasks.recipe import TrainConfig, below_minimum
+from tasks.start import StartRule
 from tasks.storage import NETWORK_RETRY, Store
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from tasks.claims import Subject
     from tasks.dataset import DatasetVersion
     from tasks.decision import DecisionRule
     from tasks.evaluation import Evaluation
@@ -51,7 +54,11 @@ class Judged:
 
 @flow(name="train", flow_run_name="train {dataset}")
 def train(
-    dataset: str, dataset_version: int | None = None, config: TrainConfig = TrainConfig()
+    dataset: str,
+    dataset_version: int | None = None,
+    config: TrainConfig = TrainConfig(),
+    start: StartRule = StartRule(),
+    occasion: str | None = None,
 ) -> "State[TrainedModel | None]":
     """Train on a dataset version, judge on its validation split, register what reaches the minimum quality.
 
@@ -59,9 +66,13 @@ def train(
         dataset: Name of the dataset, and of the registered model.
         dataset_version: Version of the dataset; the newest one when left empty.
         config: What is trained, and how.
+        start: When a new dataset version is worth a training. Not asked by hand.
+        occasion: The event or schedule that started this run. Empty by hand: then it trains whatever was decided before.
     """
     here = settings()
     version = find_version(here.store, dataset, dataset_version)
+    if occasion and (why := reason_to_wait(here.store, version, start)):
+        return Completed(name="Unchanged", message=why)
     model = registered_earlier(here, dataset)
     if model is None:
         training, validation = (load(here.store, version, split, config) for split in ("train", "val"))
@@ -73,23 +84,12 @@ def train(
             publish_report(here, run_id, version, trained, judged, test, reasons, config)
             if reasons:
                 close(here, run_id, reasons)
+                decided(here.store, version, "below minimum", {"reasons": list(reasons)})
                 return Completed(name="BelowMinimum", message=f"{dataset} v{version.version}: {'; '.join(reasons)}")
             model = register_model(here, run_id, version, trained, judged, validation, config)
+    decided(here.store, version, "registered", {"model_version": model.version})
     announce(model, version)
     return Completed(message=f"{model.name} v{model.version} from {dataset} v{version.version}", data=model)
-
-
-def below_minimum(validation: "Evaluation", config: TrainConfig) -> tuple[str, ...]:
-    """Why the model must not be registered, each reason with its numbers; empty when it may."""
-    found = (
-        ("accuracy", validation.figures.accuracy, config.minimum_accuracy),
-        ("balanced accuracy", validation.figures.balanced_accuracy, config.minimum_balanced_accuracy),
-    )
-    return tuple(
-        f"validation {name} {value:.4f} is below the minimum {least:.4f}"
-        for name, value, least in found
-        if value < least
-    )
 
 
 @contextmanager
@@ -120,6 +120,39 @@ def find_version(store: Store, dataset: str, version: int | None) -> "DatasetVer
     if newest is None:
         raise LookupError(f"dataset {dataset!r} has no version yet: put a batch under incoming/{dataset}/ first")
     return newest
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def reason_to_wait(store: Store, version: "DatasetVersion", start: StartRule) -> str | None:
+    """Why this deployment must not train on the version now: it has decided, another run is at it, or too little is new."""
+    from tasks.claims import reason_to_leave
+    from tasks.runs import is_alive, this_run
+    from tasks.start import too_little_new
+
+    subject = subject_of(version)
+    if why := reason_to_leave(store, subject, this_run(), is_alive, f"{version.name} v{version.version}"):
+        return why
+    if why := too_little_new(store, subject.stage, version, start):
+        decided(store, version, "not enough new photographs", {"reason": why})
+    return why
+
+
+def subject_of(version: "DatasetVersion") -> "Subject":
+    """What this deployment decides about: the dataset version."""
+    from tasks.claims import Subject
+    from tasks.runs import this_stage
+
+    return Subject(this_stage(), f"{version.name}/v{version.version:08d}")
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def decided(store: Store, version: "DatasetVersion", outcome: str, figures: Mapping[str, Any]) -> None:
+    """Writes down what became of the dataset version here: repeated events and `sweep` read it."""
+    from tasks.claims import Verdict, write_verdict
+    from tasks.runs import this_run
+
+    known = {"dataset": version.name, "photographs": sum(version.splits.values())}
+    write_verdict(store, subject_of(version), Verdict(outcome, this_run(), figures={**known, **figures}))
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
@@ -252,7 +285,8 @@ def register_model(
     """Weights, card and drift reference into the run, then the version; a repetition finds it made."""
     import pyarrow as pa
 
-    from tasks.dataset import SCHEMA, read_rows
+    from tasks.dataset import read_rows
+    from tasks.dataset_rows import SCHEMA
     from tasks.images import CURRENT
     from tasks.model import normalisation
     from tasks.passport import commit

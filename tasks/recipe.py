@@ -1,8 +1,11 @@
 """What one training run is told: bounded and described, because it is the form in the Prefect UI. Imports pydantic only."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from tasks.evaluation import Evaluation
 
 Architecture = Literal["tinyvgg", "cnn", "resnet18", "efficientnet_lite0"]
 
@@ -103,3 +106,16 @@ class TrainConfig(BaseModel):
         if self.pretrained and self.architecture in ("tinyvgg", "cnn"):
             raise ValueError(f"there are no pretrained weights for {self.architecture}: set pretrained to false")
         return self
+
+
+def below_minimum(validation: "Evaluation", config: TrainConfig) -> tuple[str, ...]:
+    """Why the model must not be registered, each reason with its numbers; empty when it may."""
+    found = (
+        ("accuracy", validation.figures.accuracy, config.minimum_accuracy),
+        ("balanced accuracy", validation.figures.balanced_accuracy, config.minimum_balanced_accuracy),
+    )
+    return tuple(
+        f"validation {name} {value:.4f} is below the minimum {least:.4f}"
+        for name, value, least in found
+        if value < least
+    )

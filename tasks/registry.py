@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -160,12 +161,29 @@ def version_of_flow_run(tracking_uri: str, name: str, flow_run_id: str) -> int:
     return found.version
 
 
+@dataclass(frozen=True)
+class Registration:
+    """A registered version, and when it was registered."""
+
+    version: int
+    at: datetime
+
+
+def newest_registration(tracking_uri: str, name: str) -> Registration | None:
+    """The highest registered version; None when the model has none."""
+    found = client_of(tracking_uri).search_model_versions(f"name = '{name}'")
+    if not found:
+        return None
+    newest = max(found, key=lambda each: int(each.version))
+    return Registration(int(newest.version), datetime.fromtimestamp(newest.creation_timestamp / 1000, UTC))
+
+
 def newest_version(tracking_uri: str, name: str) -> int:
     """The highest registered version; LookupError when the model has none."""
-    versions = [int(found.version) for found in client_of(tracking_uri).search_model_versions(f"name = '{name}'")]
-    if not versions:
+    newest = newest_registration(tracking_uri, name)
+    if newest is None:
         raise LookupError(f"model {name!r} has no version in {tracking_uri}: run its train deployment first")
-    return max(versions)
+    return newest.version
 
 
 def log_promotion(

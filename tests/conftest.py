@@ -1,10 +1,7 @@
 """Real services for the tests: started once a session, on free ports, in a temporary directory, ended with it."""
 
 import os
-import signal
-import subprocess
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,9 +18,11 @@ os.environ |= {"DO_NOT_TRACK": "1", "PREFECT_LOGGING_TO_API_ENABLED": "false", "
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"  # its row meets other start-up writes: "database is locked"
 
 from deploy import services
+from deploy.running import Running, start
 from tasks.storage import Store
 
 if TYPE_CHECKING:
+    from flows.ingest import Ingested, IngestOptions
     from tasks.sealed import SealedVersion
     from tasks.serving import TritonAddress
 
@@ -56,47 +55,6 @@ def photograph() -> Callable[..., bytes]:
         return out.getvalue()
 
     return encoded
-
-
-@dataclass
-class Running:
-    service: services.Service
-    process: subprocess.Popen[bytes]
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(5)
-
-
-def start(service: services.Service, log: Path, timeout: float = 60) -> Running:
-    """The service, ready; its output goes to `log`."""
-    service.directory.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            service.command,
-            env=services.environment_of(service),
-            cwd=service.directory,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(service.ready_url, timeout=2) as answer:
-                if answer.status < 300:
-                    return Running(service, process)
-        except OSError:
-            time.sleep(0.1)
-    Running(service, process).stop()
-    raise RuntimeError(f"{service.name} was not ready in {timeout:.0f} s:\n{log.read_text()[-4000:]}")
 
 
 @pytest.fixture(scope="session")
@@ -273,6 +231,24 @@ def gateway() -> Iterator[Callable[[str], Gateway]]:
 def triton_python() -> Path:
     """Python of the serving environment."""
     return TRITON_PYTHON
+
+
+@pytest.fixture
+def ingested(tmp_path: Path) -> Callable[..., "Ingested"]:
+    """`ingested(store, dataset, batch, {path: bytes})`: the batch uploaded and taken in, without a Prefect run around it."""
+    from flows import ingest
+    from tasks import storage
+
+    def taken_in(
+        store: Store, name: str, batch: str, files: dict[str, bytes], options: "IngestOptions | None" = None
+    ) -> "Ingested":
+        prefix = f"incoming/{name}/{batch}/"
+        storage.write_many(store, ((prefix + path, data) for path, data in files.items()))
+        found = ingest.find_batch.fn(store, name, prefix)
+        with ingest.examine_photographs.fn(store, found, tmp_path) as examination:
+            return ingest.commit.fn(store, found, examination, options or ingest.IngestOptions())
+
+    return taken_in
 
 
 @dataclass

@@ -7,20 +7,23 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from deploy.stack import Stack, read_stack
+from deploy.watch import wait_for_run
 from flows.settings import Settings
 from tasks.ledger import read_ledger
 from tasks.probe import ProbeLoad
 from tasks.routing import Route, read_routing, write_routing
 from tasks.serving import infer_front_door
-from tasks.sources import digit_folders
+from tasks.sources import digit_folders, upload_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[1]
@@ -181,6 +184,39 @@ def _two_versions(here: Settings, stack: Stack) -> list[Route]:
         limits = json.dumps({"min_accuracy": 0.1, "must_beat_champion": False})
         prefect(stack, "deployment", "run", "promote/digits", "-p", f"limits={limits}", "--watch")
     return [Route(network, version) for version in published_versions(here.serving_root, network)[-2:]]
+
+
+def test_a_challenger_from_shuffled_labels_is_refused_and_the_champion_untouched(
+    here: Settings, stack: Stack, tmp_path: Path
+) -> None:
+    before = read_routing(here.serving_root, "digits"), read_ledger(here.store, "digits")
+    since = datetime.now(UTC)
+    prefix = upload_folder(here.store, _shuffled_digits(tmp_path), "digits", "shuffled")
+    assert run_after("ingest/digits", since, {"prefix": prefix}).state_name == "Completed"
+    trained = run_after("train/digits", since, {"dataset": "digits"})
+    if trained.state_name == "BelowMinimum":  # its validation labels are shuffled as well: insist
+        config = {**trained.parameters["config"], "minimum_accuracy": 0.0, "minimum_balanced_accuracy": 0.0}
+        prefect(stack, "deployment", "run", "train/digits", "-p", f"config={json.dumps(config)}", "--watch")
+    promoted = run_after("promote/digits", since, {"model": "digits"})
+    assert promoted.state_name == "Refused"
+    assert "accuracy" in promoted.state.message and "demanded" in promoted.state.message
+    assert (read_routing(here.serving_root, "digits"), read_ledger(here.store, "digits")) == before
+
+
+def run_after(deployment: str, since: datetime, parameters: dict[str, Any]) -> Any:
+    return wait_for_run(deployment, since, parameters, 90, 300, lambda _: None)
+
+
+def _shuffled_digits(folder: Path) -> Path:
+    """The scans, each a little darker so that they are new photographs, in class folders drawn at random."""
+    import cv2
+
+    random = np.random.default_rng(5)
+    for path in sorted(digit_folders(folder / "scans").rglob("*.png")):
+        target = folder / "shuffled" / str(random.integers(10)) / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(target), cv2.imread(str(path)) // 8 * 7)
+    return folder / "shuffled"
 
 
 def test_the_ledger_says_who_was_champion(here: Settings, report: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ from pydantic import SecretStr, ValidationError
 
 from flows.ingest import IngestOptions, ingest
 from flows.settings import Settings
-from flows.train import below_minimum, train
+from flows.train import train
 from tasks import registry
-from tasks.recipe import Augmentation, TrainConfig
+from tasks.recipe import Augmentation, TrainConfig, below_minimum
 from tasks.storage import write, write_many
 
 QUICK = TrainConfig(

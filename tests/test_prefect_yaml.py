@@ -11,7 +11,8 @@ from deploy.recipes import flow_of, for_recipe, read_prefect_yaml
 
 FILE = Path(__file__).parents[1] / "prefect.yaml"
 PARSED = read_prefect_yaml(FILE)
-DEPLOYMENTS: list[dict[str, Any]] = PARSED["deployments"]
+EVERY: list[dict[str, Any]] = PARSED["deployments"]
+DEPLOYMENTS = [found for found in EVERY if found["name"] != "line"]  # those of a recipe
 RECIPES = ("tire", "solar_cells", "digits")
 # Event -> kind of resource and payload, as docs/architecture.md lists them.
 EVENTS = {
@@ -56,22 +57,31 @@ def test_a_deployment_is_started_by_the_event_of_its_own_recipe(deployment: dict
     assert event == STARTED_BY[flow_of(deployment)]
     kind, payload = EVENTS[event]
     assert trigger["match"] == {"prefect.resource.id": f"tirewatch.{kind}.{deployment['name']}"}
+    assert trigger["parameters"]["occasion"] == "event {{ event.id }}", "so that a repeated event does nothing twice"
     used = {match for value in trigger["parameters"].values() for match in re.findall(r"event\.payload\.(\w+)", value)}
     assert used <= payload
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=name_of)
+@pytest.mark.parametrize("deployment", EVERY, ids=name_of)
 def test_parameters_are_accepted_by_the_flow(deployment: dict[str, Any]) -> None:
     flow = flow_behind(deployment)
-    from_event = {"prefix": "incoming/x/y/", "dataset": "x", "model": "x", "dataset_version": 3, "version": 3}
+    from_event = {
+        "occasion": "event 1",
+        "prefix": "incoming/x/y/",
+        "dataset": "x",
+        "model": "x",
+        "dataset_version": 3,
+        "version": 3,
+    }
     asked = [name for trigger in deployment.get("triggers", ()) for name in trigger["parameters"]]
     triggered = {name: from_event[name] for name in asked} | ({"why": "x"} if flow.name == "rollback" else {})
-    flow.validate_parameters({**deployment["parameters"], **triggered})
+    given = {**deployment.get("parameters", {}), **triggered}
+    flow.validate_parameters(given)
     with pytest.raises(Exception, match="epocs"):
-        flow.validate_parameters({**deployment["parameters"], **triggered, "epocs": 3})
+        flow.validate_parameters({**given, "epocs": 3})
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=name_of)
+@pytest.mark.parametrize("deployment", EVERY, ids=name_of)
 def test_the_parameter_form_is_described_and_bounded(deployment: dict[str, Any]) -> None:
     from prefect.utilities.callables import parameter_schema
 
@@ -99,6 +109,13 @@ def test_drift_has_a_schedule_that_waits_to_be_switched_on() -> None:
         [schedule] = deployment["schedules"]
         assert (schedule["cron"], schedule["active"]) == ("*/15 * * * *", False)
         assert not deployment.get("triggers"), "no event starts it: it looks at what has come in"
+
+
+def test_what_events_lose_is_looked_for_every_ten_minutes() -> None:
+    [line] = [found for found in EVERY if found not in DEPLOYMENTS]
+    assert name_of(line) == "sweep/line"
+    [schedule] = line["schedules"]
+    assert schedule["cron"] == "*/10 * * * *" and schedule.get("active", True)
 
 
 def test_a_new_recipe_is_the_template_under_another_name() -> None:

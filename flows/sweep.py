@@ -1,0 +1,103 @@
+"""sweep: finds what lost events have left undone, and sends those events again.
+
+Compares what S3 and MLflow hold with what the line has decided: a complete batch that was neither ingested nor refused, a
+dataset version that no training decided about, a registered model without a verdict. Runs on a schedule; by hand:
+
+    prefect deployment run 'sweep/line'
+
+Sending an event once too often is harmless: whoever follows it claims its subject first (`tasks/claims.py`).
+"""
+
+import logging
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from prefect import flow, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.settings import Settings, settings
+from tasks.storage import NETWORK_RETRY
+
+if TYPE_CHECKING:
+    from tasks.lost import Lost
+
+log = logging.getLogger(__name__)
+
+
+class SweepOptions(BaseModel):
+    """How long something may be undecided before it counts as lost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    grace_minutes: float = Field(5, ge=0, description="What was made later than this may still be on its way")
+    quiet_minutes: float = Field(
+        30, ge=0, description="A batch without a marker counts as complete when nothing came for so long"
+    )
+    look_back_days: float = Field(30, gt=0, description="Batches that were uploaded earlier are not looked at")
+
+
+@flow(name="sweep")
+def sweep(options: SweepOptions = SweepOptions()) -> State[Any]:
+    """Look for what should have been decided by now, and send its events again.
+
+    Args:
+        options: How long something may be undecided before it counts as lost.
+    """
+    here = settings()
+    lost = [*find_lost_batches(here, options), *find_lost_versions(here, options), *find_lost_models(here, options)]
+    for each in lost:
+        log.warning("%s: sending %s again", each.what, each.event)
+        repeat(each)
+    if not lost:
+        return Completed(name="NothingLost", message="everything that was uploaded, made and registered is decided")
+    show(lost)
+    return Completed(name="Repeated", message="; ".join(each.what for each in lost))
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def find_lost_batches(here: Settings, options: SweepOptions) -> "list[Lost]":
+    """Complete batches that were neither ingested nor refused."""
+    from tasks.followers import read_followers
+    from tasks.lost import BATCH_SEALED, lost_batches, utc_now
+
+    followers = read_followers(BATCH_SEALED)
+    waits = (timedelta(minutes=options.grace_minutes), timedelta(minutes=options.quiet_minutes))
+    return list(lost_batches(here.store, followers, utc_now(), *waits, timedelta(days=options.look_back_days)))
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def find_lost_versions(here: Settings, options: SweepOptions) -> "list[Lost]":
+    """Dataset versions that no training decided about."""
+    from tasks.followers import read_followers
+    from tasks.lost import VERSION_CREATED, lost_versions, utc_now
+
+    grace = timedelta(minutes=options.grace_minutes)
+    return list(lost_versions(here.store, read_followers(VERSION_CREATED), utc_now(), grace))
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def find_lost_models(here: Settings, options: SweepOptions) -> "list[Lost]":
+    """Registered versions without a verdict."""
+    from tasks.followers import read_followers
+    from tasks.lost import MODEL_REGISTERED, lost_registrations, utc_now
+
+    followers, grace = read_followers(MODEL_REGISTERED), timedelta(minutes=options.grace_minutes)
+    return list(lost_registrations(here.store, here.mlflow_tracking_uri, followers, utc_now(), grace))
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def repeat(lost: "Lost") -> None:
+    """The lost event once more."""
+    from tasks.lost import send_again
+
+    send_again(lost)
+
+
+def show(lost: "list[Lost]") -> None:
+    """What was found, on the run's page."""
+    table = [{"undecided": each.what, "sent again": each.event} for each in lost]
+    create_table_artifact(table, key="sweep", description=f"{len(lost)} events were lost and sent again")

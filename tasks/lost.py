@@ -1,0 +1,109 @@
+"""What the line should have decided by now and has not: the subjects whose events were lost.
+
+Events are at-least-once at best: a store may fail to report an object, a server may be away, an automation may be missed.
+What S3 and MLflow hold is the truth; comparing it with the verdicts finds what fell through.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from tasks.batch import ANNOTATIONS, INCOMING, MARKER, content_digest
+from tasks.claims import Subject, read_verdict
+from tasks.followers import Follower
+from tasks.storage import Store, StoredObject, list_objects
+
+BATCH_SEALED: Final = "tirewatch.batch.sealed"
+VERSION_CREATED: Final = "tirewatch.dataset.version.created"
+MODEL_REGISTERED: Final = "tirewatch.model.registered"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An event to be sent again: nothing has come of it."""
+
+    event: str
+    resource: str
+    what: str
+    payload: Mapping[str, Any]
+    occasion: str = field(default="")
+
+
+def lost_batches(
+    store: Store, followers: Sequence[Follower], now: datetime, grace: timedelta, quiet: timedelta, look_back: timedelta
+) -> Iterator[Lost]:
+    """Batches that are complete (marked, or unchanged for `quiet`) and have neither become a version nor been refused."""
+    from tasks.dataset import newest_record
+
+    for follower in followers:
+        record = newest_record(store, follower.name)
+        ingested = {name: told["content"] for name, told in record.batches.items()} if record else {}
+        for prefix, objects in _batches(store, follower.name).items():
+            age = now - max(each.modified or now for each in objects)
+            names = {each.key.removeprefix(prefix) for each in objects}
+            if age > look_back or age < (grace if names & {MARKER, ANNOTATIONS} else quiet):
+                continue
+            batch, content = prefix.split("/")[2], content_digest(prefix, objects)
+            subject = Subject(f"ingest/{follower.name}", f"{batch}/{content.removeprefix('sha256:')[:16]}")
+            if ingested.get(batch) == content or read_verdict(store, subject) or follower.is_at({"prefix": prefix}):
+                continue
+            payload = {"dataset": follower.name, "batch": batch, "prefix": prefix}
+            yield Lost(BATCH_SEALED, follower.resource, f"batch {prefix} has not been ingested", payload, content)
+
+
+def _batches(store: Store, dataset: str) -> dict[str, list[StoredObject]]:
+    found: dict[str, list[StoredObject]] = defaultdict(list)
+    for each in list_objects(store, f"{INCOMING}/{dataset}/"):
+        parts = each.key.split("/")
+        if len(parts) > 3:
+            found["/".join(parts[:3]) + "/"].append(each)
+    return found
+
+
+def lost_versions(store: Store, followers: Sequence[Follower], now: datetime, grace: timedelta) -> Iterator[Lost]:
+    """Newest dataset versions about which a deployment that follows them has not decided. Older ones are superseded."""
+    from tasks.dataset import newest_record
+
+    for follower in followers:
+        record = newest_record(store, follower.name)
+        if record is None or now - datetime.fromisoformat(record.created_at) < grace:
+            continue
+        version = record.version
+        subject = Subject(follower.stage, f"{version.name}/v{version.version:08d}")
+        at = {"dataset": version.name, "dataset_version": version.version}
+        if read_verdict(store, subject) is None and not follower.is_at(at):
+            payload = {"dataset": version.name, "version": version.version, "digest": version.digest}
+            what = f"{follower.stage} has not decided about {version.name} v{version.version}"
+            yield Lost(VERSION_CREATED, follower.resource, what, payload, follower.stage)
+
+
+def lost_registrations(
+    store: Store, tracking_uri: str, followers: Sequence[Follower], now: datetime, grace: timedelta
+) -> Iterator[Lost]:
+    """Newest registered versions about which a deployment that follows them has not decided."""
+    from tasks.registry import load_card, newest_registration
+
+    for follower in followers:
+        newest = newest_registration(tracking_uri, follower.name)
+        if newest is None or now - newest.at < grace:
+            continue
+        subject = Subject(follower.stage, f"{follower.name}/v{newest.version:08d}")
+        at = {"model": follower.name, "version": newest.version}
+        if read_verdict(store, subject) is None and not follower.is_at(at):
+            _, card = load_card(tracking_uri, follower.name, newest.version)
+            payload = {**at, "dataset": card.dataset, "dataset_version": card.dataset_version}
+            what = f"{follower.stage} has not decided about {follower.name} v{newest.version}"
+            yield Lost(MODEL_REGISTERED, follower.resource, what, payload, follower.stage)
+
+
+def send_again(lost: Lost) -> None:
+    """The event once more. Its id does not change, so Prefect drops it while it remembers the last time: half an hour."""
+    from tasks.events import emit
+
+    emit(lost.event, lost.resource, lost.payload, occasion=f"sweep {lost.occasion}")
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,222 @@
+"""flows/sweep.py and the line's claims, with a real S3, MLflow and Prefect server: lost and doubled events."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from pydantic import SecretStr
+
+from flows.ingest import ingest
+from flows.settings import Settings
+from flows.sweep import SweepOptions, sweep
+from flows.train import train
+from tasks.batch import content_of
+from tasks.claims import Subject, read_verdict
+from tasks.dataset import newest_version
+from tasks.followers import read_followers
+from tasks.lost import BATCH_SEALED, MODEL_REGISTERED, VERSION_CREATED
+from tasks.recipe import Augmentation, TrainConfig
+from tasks.registry import newest_registration
+from tasks.start import StartRule
+from tasks.storage import Store, write_many
+
+AT_ONCE = SweepOptions(grace_minutes=0, quiet_minutes=0)
+QUICK = TrainConfig(
+    architecture="cnn",
+    pretrained=False,
+    image_size=16,
+    epochs=1,
+    batch_size=16,
+    augmentation=Augmentation(flip_vertical=False, quarter_turns=False, brightness=0, contrast=0),
+    precision="float32",
+    minimum_accuracy=0,
+    minimum_balanced_accuracy=0,
+)
+
+
+@flow(name="follow")
+def follow(parameters: dict[str, Any] | None = None) -> None:
+    """Stands for any deployment that an event starts; no worker runs it, so its runs can be counted."""
+
+
+@pytest.fixture(scope="module")
+def here(store: Store, mlflow_uri: str, prefect_server: None) -> Iterator[Settings]:
+    assert store.secret_access_key
+    found = Settings(
+        s3_bucket=store.bucket,
+        s3_endpoint_url=store.endpoint_url,
+        s3_access_key_id=store.access_key_id,
+        s3_secret_access_key=SecretStr(store.secret_access_key),
+        mlflow_tracking_uri=mlflow_uri,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ingest", "train", "sweep"):
+            patch.setattr(f"flows.{name}.settings", lambda: found)
+        yield found
+
+
+@pytest.fixture
+def follower(here: Settings) -> Iterator[Callable[..., str]]:
+    """`follower(event, resource)`: the id of a deployment that an automation starts on the event; both go with the test."""
+    automations = []
+
+    def made(event: str, resource: str) -> str:
+        name = resource.rsplit(".", 1)[-1]
+        with get_client(sync_client=True) as client:
+            flow_id = client.create_flow(follow)
+            deployment = str(client.create_deployment(flow_id, f"{name}-{event.rsplit('.', 1)[-1]}"))
+            automation = client.request(
+                "POST",
+                "/automations/",
+                json={
+                    "name": f"{event} {resource}",
+                    "trigger": {
+                        "type": "event",
+                        "expect": [event],
+                        "match": {"prefect.resource.id": resource},
+                        "posture": "Reactive",
+                        "threshold": 1,
+                        "within": 0,
+                    },
+                    "actions": [{"type": "run-deployment", "source": "selected", "deployment_id": deployment}],
+                },
+            ).json()
+        automations.append(automation["id"])
+        return deployment
+
+    yield made
+    with get_client(sync_client=True) as client:
+        for identity in automations:
+            client.request("DELETE", f"/automations/{identity}")
+
+
+def runs_of(deployment: str, at_least: int, within: float = 20.0) -> list[dict[str, Any]]:
+    wanted = {"deployments": {"id": {"any_": [deployment]}}}
+    deadline = time.monotonic() + within
+    with get_client(sync_client=True) as client:
+        while True:
+            found: list[dict[str, Any]] = client.request("POST", "/flow_runs/filter", json=wanted).json()
+            if len(found) >= at_least or time.monotonic() > deadline:
+                return found
+            time.sleep(0.2)
+
+
+def upload(
+    store: Store,
+    dataset: str,
+    batch: str,
+    photograph: Callable[..., bytes],
+    count: int = 8,
+    first: int = 0,
+    marker: bool = True,
+) -> str:
+    prefix = f"incoming/{dataset}/{batch}/"
+    entries = [
+        (f"{prefix}{label}/{number}.jpg", photograph(first + number + shift))
+        for label, shift in (("cut", 0), ("good", 1000))
+        for number in range(count)
+    ]
+    write_many(store, [*entries, *([(f"{prefix}_SUCCESS", b"")] if marker else [])])
+    return prefix
+
+
+def test_a_complete_batch_that_nobody_announced_is_found_and_its_event_starts_whoever_follows(
+    here: Settings, follower: Callable[..., str], photograph: Callable[..., bytes]
+) -> None:
+    deployment = follower(BATCH_SEALED, "tirewatch.dataset.unseen")
+    prefix = upload(here.store, "unseen", "lost", photograph)
+    state = sweep(AT_ONCE, return_state=True)
+    assert state.name == "Repeated" and prefix in (state.message or "")
+    [_] = runs_of(deployment, 1)
+    assert sweep(AT_ONCE, return_state=True).name in ("Repeated", "NothingLost")
+    time.sleep(2)
+    assert len(runs_of(deployment, 1)) == 1, "what was found twice is one event"
+
+
+def test_what_is_young_quiet_for_too_short_old_ingested_or_refused_is_left_alone(
+    here: Settings, follower: Callable[..., str], photograph: Callable[..., bytes]
+) -> None:
+    follower(BATCH_SEALED, "tirewatch.dataset.seen")
+    prefix = upload(here.store, "seen", "batch-1", photograph, marker=False)
+    assert sweep(SweepOptions(grace_minutes=0, quiet_minutes=1), return_state=True).name == "NothingLost"
+    ingest("seen", prefix)
+    assert sweep(AT_ONCE, return_state=True).name == "NothingLost", "it has been ingested"
+    write_many(
+        here.store, [("incoming/seen/batch-2/notes.txt", b"no photograph"), ("incoming/seen/batch-2/_SUCCESS", b"")]
+    )
+    assert "batch-2" in (sweep(AT_ONCE, return_state=True).message or "")
+    assert ingest("seen", "incoming/seen/batch-2/", return_state=True).is_failed()
+    assert sweep(AT_ONCE, return_state=True).name == "NothingLost", "it has been refused"
+    write_many(here.store, [("incoming/seen/batch-2/good/1.jpg", photograph(77))])
+    assert "batch-2" in (sweep(AT_ONCE, return_state=True).message or ""), "its content changed"
+    assert sweep(SweepOptions(grace_minutes=5), return_state=True).name == "NothingLost", "it may be on its way"
+    far = SweepOptions(grace_minutes=0, quiet_minutes=0, look_back_days=1e-9)
+    assert sweep(far, return_state=True).name == "NothingLost"
+
+
+def test_a_batch_that_was_refused_is_not_read_again_for_a_repeated_event_but_by_hand(here: Settings) -> None:
+    prefix = "incoming/refused/batch/"
+    write_many(here.store, [(f"{prefix}good/1.jpg", b"no image"), (f"{prefix}good/2.jpg", b"no image")])
+    first = ingest("refused", prefix, occasion="event 1", return_state=True)
+    assert first.is_failed()
+    subject = Subject(
+        "ingest/refused", f"batch/{content_of(here.store, 'refused', prefix).removeprefix('sha256:')[:16]}"
+    )
+    verdict = read_verdict(here.store, subject)
+    assert verdict is not None and verdict.outcome == "refused" and "not_an_image" in verdict.figures["reason"]
+    again = ingest("refused", prefix, occasion="event 1 again", return_state=True)
+    assert (again.name, newest_version(here.store, "refused")) == ("Unchanged", None)
+    assert "refused with this very content" in (again.message or "")
+    assert ingest("refused", prefix, return_state=True).is_failed()
+
+
+def test_a_doubled_dataset_event_trains_once_and_a_lost_one_is_found(
+    here: Settings, follower: Callable[..., str], photograph: Callable[..., bytes]
+) -> None:
+    ingest("doubled", upload(here.store, "doubled", "batch-1", photograph, count=30))
+    first = train("doubled", 1, QUICK, occasion="event 1", return_state=True)
+    again = train("doubled", 1, QUICK, occasion="event 1", return_state=True)
+    assert first.is_completed() and first.name == "Completed", first.message
+    assert again.name == "Unchanged" and "has decided about doubled v1: registered" in (again.message or "")
+    registered = newest_registration(here.mlflow_tracking_uri, "doubled")
+    assert registered is not None and registered.version == 1
+    assert train("doubled", 1, QUICK, return_state=True).name == "Completed", "by hand it trains again"
+
+    deployment = follower(VERSION_CREATED, "tirewatch.dataset.doubled")
+    state = sweep(AT_ONCE, return_state=True)
+    assert "has not decided about doubled v1" in (state.message or ""), "this deployment has not"
+    [_] = runs_of(deployment, 1)
+    assert sweep(AT_ONCE, return_state=True).name in ("Repeated", "NothingLost")
+    assert len(runs_of(deployment, 1)) == 1
+
+    promotion = follower(MODEL_REGISTERED, "tirewatch.model.doubled")
+    assert "has not decided about doubled v2" in (sweep(AT_ONCE, return_state=True).message or "")
+    [_] = runs_of(promotion, 1)
+
+
+def test_too_few_new_photographs_wait_for_more_and_by_hand_nobody_waits(
+    here: Settings, photograph: Callable[..., bytes]
+) -> None:
+    ingest("slow", upload(here.store, "slow", "batch-1", photograph, count=30, first=5000))
+    rule = StartRule(min_new_images=20)
+    assert train("slow", 1, QUICK, rule, "event 1", return_state=True).name == "Completed", (
+        "the first is always trained"
+    )
+    ingest("slow", upload(here.store, "slow", "batch-2", photograph, count=6, first=7000))
+    waits = train("slow", 2, QUICK, rule, "event 2", return_state=True)
+    assert waits.name == "Unchanged" and "12 photographs more than the last training, 20 are asked for" in waits.message
+    assert train("slow", 2, QUICK, StartRule(min_new_share=0.5), "event 2b", return_state=True).name == "Unchanged"
+    ingest("slow", upload(here.store, "slow", "batch-3", photograph, count=6, first=9000))
+    assert train("slow", 3, QUICK, rule, "event 3", return_state=True).name == "Completed", "24 by now"
+
+
+def test_followers_are_read_with_their_stage_and_what_they_are_at(here: Settings, follower: Callable[..., str]) -> None:
+    deployment = follower(BATCH_SEALED, "tirewatch.dataset.followed")
+    with get_client(sync_client=True) as client:
+        client.create_flow_run_from_deployment(deployment, parameters={"parameters": {"prefix": "incoming/x/y/"}})
+    [found] = [each for each in read_followers(BATCH_SEALED) if each.name == "followed"]
+    assert found.stage == "follow/followed-sealed"
+    assert found.is_at({"parameters": {"prefix": "incoming/x/y/"}}) and not found.is_at({"prefix": "incoming/x/y/"})
