@@ -234,7 +234,7 @@ def triton_python() -> Path:
 
 
 @pytest.fixture
-def ingested(tmp_path: Path) -> Callable[..., "Ingested"]:
+def ingested(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "Ingested"]:
     """`ingested(store, dataset, batch, {path: bytes})`: the batch uploaded and taken in, without a Prefect run around it."""
     from flows import ingest
     from tasks import storage
@@ -245,7 +245,7 @@ def ingested(tmp_path: Path) -> Callable[..., "Ingested"]:
         prefix = f"incoming/{name}/{batch}/"
         storage.write_many(store, ((prefix + path, data) for path, data in files.items()))
         found = ingest.find_batch.fn(store, name, prefix)
-        with ingest.examine_photographs.fn(store, found, tmp_path) as examination:
+        with ingest.examine_photographs.fn(store, found, tmp_path_factory.mktemp("spool")) as examination:
             return ingest.commit.fn(store, found, examination, options or ingest.IngestOptions())
 
     return taken_in
