@@ -74,7 +74,7 @@ class HashIndex:
         parts = [asked[start : start + _TOGETHER] for start in range(0, len(asked), _TOGETHER)]
 
         def search(part: Hashes) -> tuple[_Hits, NDArray[np.int64]]:
-            return self._photographs(self._scanned(part, distance, limit), len(part), limit)
+            return self._photographs(self._scanned(part, distance, limit), limit)
 
         with ThreadPoolExecutor(threads or _processors()) as pool:
             found = [*pool.map(search, parts)] if len(parts) > 1 else [search(part) for part in parts]
@@ -87,17 +87,15 @@ class HashIndex:
 
     def _scanned(self, queries: Hashes, distance: int, limit: int) -> _Hits:
         """The `limit` + 1 nearest distinct hashes of each query: one more than allowed tells that there are more."""
-        kept: list[_Hits] = []
-        pending = 0
-        bound = np.full(
-            len(queries), distance, dtype=np.uint8
-        )  # falls when a query has enough: later ones must be nearer
         height = min(len(queries), _SIDE_BY_SIDE)
         width = _CELLS // height
-        differences = np.empty(
-            (height, width), dtype=np.uint64
-        )  # used again and again: fresh memory costs as much as the work
+        differences = np.empty((height, width), dtype=np.uint64)
         counts = np.empty((height, width), dtype=np.uint8)
+        bound = np.full(
+            len(queries), distance, dtype=np.uint8
+        )  # falls once a query has enough: later ones must be nearer
+        kept: list[_Hits] = []
+        pending = 0
         for start in range(0, len(self._distinct), width):
             block = self._distinct[start : start + width]
             for first in range(0, len(queries), height):
@@ -114,16 +112,15 @@ class HashIndex:
                 if pending > _PENDING:
                     kept = [_nearest(kept, limit + 1)]
                     pending = len(kept[0].query)
-                    full = np.bincount(kept[0].query, minlength=len(queries)) > limit
-                    last = np.cumsum(np.bincount(kept[0].query, minlength=len(queries))) - 1
-                    bound[full] = np.minimum(bound[full], kept[0].bits[last[full]] - 1)
+                    sizes = np.bincount(kept[0].query, minlength=len(queries))
+                    full = sizes > limit
+                    bound[full] = kept[0].bits[np.cumsum(sizes)[full] - 1] - 1
         return _nearest(kept, limit + 1)
 
-    def _photographs(self, hits: _Hits, queries: int, limit: int) -> tuple[_Hits, NDArray[np.int64]]:
+    def _photographs(self, hits: _Hits, limit: int) -> tuple[_Hits, NDArray[np.int64]]:
         """Positions as they were given, for distinct hashes; and the queries that had more than `limit`."""
-        sizes = np.minimum(np.diff(self._starts), limit + 1)
         starts = self._starts[hits.found]
-        lengths = sizes[hits.found]
+        lengths = np.minimum(self._starts[hits.found + 1] - starts, limit + 1)
         at = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
         query = np.repeat(hits.query, lengths)
         ranks = _ranks(query)

@@ -139,6 +139,10 @@ def test_very_many_alike_hashes_cost_neither_time_nor_memory(noise: int) -> None
     assert set(Counter(near.queries.tolist()).values()) == {64}
     assert near.cut.tolist() == list(range(2_000))
     assert peak < 60 * 2**20  # all pairs would be 40 million: 640 MB
+    for query in range(0, 2_000, 100):
+        bits = np.bitwise_count(stored ^ alike[query])
+        nearest = np.lexsort((np.arange(len(stored)), stored, bits))[:64]
+        assert near.stored[near.queries == query].tolist() == nearest.tolist()
 
 
 @pytest.mark.parametrize(("distance", "limit"), [(-1, 1), (65, 1), (3, 0)])
