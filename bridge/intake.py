@@ -65,10 +65,12 @@ class Bridge:
         now = time.time()
         if not is_marker(created, batch):
             return self._noted(created, batch, self.pending.saw_object(batch, created.etag, now, created.written))
-        is_bare = not self.pending.knows(batch)
+        before, is_bare = self.pending.waiting(batch), not self.pending.knows(batch)
         marker = created.etag or created.version_id or ""
         due = self._noted(created, batch, self.pending.saw_marker(batch, marker, now, created.written))
-        if due is not None and is_bare:
+        if due is not None and before is not None and before.seal == due.seal:
+            self.metrics.count("repeated", "marker")  # while it waits for Prefect
+        elif due is not None and is_bare:
             self.metrics.count("bare_markers")
             logger.warning("%s is complete, but not one photograph of it has been told", batch.prefix)
         return due

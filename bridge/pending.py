@@ -148,6 +148,13 @@ class PendingBatches:
                 (done.batch.dataset, done.batch.name, written),
             )
 
+    def waiting(self, batch: Batch) -> Pending | None:
+        """What is known of the batch since its last sealing."""
+        row = self._database.execute(
+            "SELECT * FROM pending WHERE dataset = ? AND batch = ?", (batch.dataset, batch.name)
+        ).fetchone()
+        return _from_row(row) if row else None
+
     def was_accepted(self, batch: Batch, seal: str) -> bool:
         """Whether Prefect has accepted the event of this very sealing."""
         row = self._database.execute(
@@ -157,7 +164,7 @@ class PendingBatches:
 
     def knows(self, batch: Batch) -> bool:
         """Whether any object of the batch has been told before."""
-        return self._sealed(batch) is not None or self._pending(batch) is not None
+        return self._sealed(batch) is not None or self.waiting(batch) is not None
 
     def forget(self, before: float) -> int:
         """Drops sealings that were accepted before this Unix time; how many. An event as old as that seals again."""
@@ -171,12 +178,6 @@ class PendingBatches:
 
     def every(self) -> list[Pending]:
         return [_from_row(row) for row in self._database.execute("SELECT * FROM pending").fetchall()]
-
-    def _pending(self, batch: Batch) -> Pending | None:
-        row = self._database.execute(
-            "SELECT * FROM pending WHERE dataset = ? AND batch = ?", (batch.dataset, batch.name)
-        ).fetchone()
-        return _from_row(row) if row else None
 
     def _sealed(self, batch: Batch) -> tuple[bool, float | None] | None:
         """(a marker has sealed it, newest time by the store's clock that a sealing covers); None: never sealed."""
@@ -212,7 +213,7 @@ class PendingBatches:
             "WHERE marker IS NOT excluded.marker",  # told again while it waits: nothing changes
             (batch.dataset, batch.name, marker, marker, now, written),
         )
-        found = self._pending(batch)
+        found = self.waiting(batch)
         assert found is not None
         return found
 
