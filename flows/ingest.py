@@ -11,11 +11,9 @@ an event started (it has an `occasion`) leaves a batch alone that was refused wi
 
 import json
 import logging
-from base64 import b64encode
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -27,18 +25,20 @@ from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.settings import settings
+from tasks.near_duplicates import TwinRule
 from tasks.storage import NETWORK_RETRY, Store
 
 if TYPE_CHECKING:
     from tasks.batch import Batch
-    from tasks.checks import Examination, Plan
+    from tasks.checks import Plan
     from tasks.claims import Subject
     from tasks.dataset import DatasetVersion, Record
+    from tasks.examination import Examination
+    from tasks.ingest_report import Ingested
 
 log = logging.getLogger(__name__)
 
 _COMMIT_ATTEMPTS = 20  # rounds against other runs that ingest into the same dataset at the same time
-_SHOWN = 20  # findings listed on the run's page; all of them are under quarantine/
 
 
 class IngestOptions(BaseModel):
@@ -52,6 +52,9 @@ class IngestOptions(BaseModel):
     new_classes: bool = Field(False, description="Accept classes that the dataset does not have yet")
     val_share: float = Field(0.15, ge=0, le=0.5, description="Share of the rows without a given split for validation")
     test_share: float = Field(0.15, ge=0, le=0.5, description="The same for the test split that only the gates read")
+    twins: TwinRule = Field(
+        TwinRule(), description="When two photographs count as one picture, which no two splits may share"
+    )
     split_seed: int = Field(0, ge=0, lt=2**31, description="Another seed gives another random split of new rows")
 
     @model_validator(mode="after")
@@ -63,30 +66,10 @@ class IngestOptions(BaseModel):
         return self
 
 
-@dataclass(frozen=True)
-class Ingested:
-    """What a batch has become. counts: findings by reason. rows: label -> split -> rows that this batch added.
-
-    relabelled: "old label -> new label" -> corrected photographs. carved: splits that were taken out of the given train rows
-    because none was given. examples: some quarantined files.
-    """
-
-    batch: str
-    version: "DatasetVersion"
-    created: bool
-    new_rows: int
-    relabelled: dict[str, int]
-    quarantined: int
-    counts: dict[str, int]
-    rows: dict[str, dict[str, int]]
-    carved: tuple[str, ...]
-    examples: tuple[str, ...]
-
-
 @flow(name="ingest", flow_run_name="ingest {prefix}")
 def ingest(
     dataset: str, prefix: str, options: IngestOptions = IngestOptions(), occasion: str | None = None
-) -> State[Ingested | None]:
+) -> "State[Ingested | None]":
     """Read the batch, check every photograph, write the next dataset version, say so.
 
     Args:
@@ -107,7 +90,7 @@ def ingest(
                 examine_photographs(store, batch, Path(spool)) as examination,
             ):
                 result = commit(store, batch, examination, options)
-                show(result, pictures_of(examination))
+                show(result, examination)
     announce(store, result.version)
     decided(store, batch.prefix, batch.content, "ingested", {"version": result.version.version})
     return final_state(result)
@@ -157,7 +140,7 @@ def decided(store: Store, prefix: str, content: str, outcome: str, figures: Mapp
     write_verdict(store, subject_of(prefix, content), Verdict(outcome, this_run(), figures=dict(figures)))
 
 
-def final_state(result: Ingested) -> State[Ingested | None]:
+def final_state(result: "Ingested") -> "State[Ingested | None]":
     """The state tells a run that changed something from one that did not; triggers and people read its name."""
     where = f"{result.version.name} v{result.version.version}"
     if not result.created:
@@ -178,45 +161,49 @@ def find_batch(store: Store, dataset: str, prefix: str) -> "Batch":
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def already_ingested(store: Store, batch: "Batch", options: IngestOptions) -> Ingested | None:
+def already_ingested(store: Store, batch: "Batch", options: IngestOptions) -> "Ingested | None":
     """What this very batch, with this content, became in an earlier run; None where there was none."""
     from tasks.dataset import record_of_batch
+    from tasks.ingest_report import ingested
 
     record = record_of_batch(store, batch, options.new_classes)
-    return _ingested(batch.name, record.version, created=False, report=record.report) if record else None
+    return ingested(batch.name, record.version, created=False, report=record.report) if record else None
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
 def examine_photographs(store: Store, batch: "Batch", spool: Path) -> "Examination":
     """Reads and decodes every photograph once; the bytes stay in the spool until they are committed."""
-    from tasks.checks import examine
+    from tasks.examination import examine
 
     return examine(store, batch, spool / "photographs")
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def commit(store: Store, batch: "Batch", examination: "Examination", options: IngestOptions) -> Ingested:
+def commit(store: Store, batch: "Batch", examination: "Examination", options: IngestOptions) -> "Ingested":
     """Decides on every file, records what is quarantined and writes the next version, after whoever else writes one."""
     from tasks.checks import plan, refuse_if_too_bad
     from tasks.dataset import append, known_rows, newest_record, record_of_batch
+    from tasks.ingest_report import ingested, report_of
     from tasks.split import SplitRule
+    from tasks.twins import find_twins
 
     rule = SplitRule(options.val_share, options.test_share, options.split_seed)
     for _ in range(_COMMIT_ATTEMPTS):
         if made := record_of_batch(store, batch, options.new_classes):  # by the try before this one
-            return _ingested(batch.name, made.version, created=True, report=made.report)
+            return ingested(batch.name, made.version, created=True, report=made.report)
         base = newest_record(store, batch.dataset)
         known = known_rows(store, base, examination.photographs, batch.corrections)
-        planned = plan(batch, examination, known, rule, options.new_classes)
+        twins = find_twins(store, base, examination, options.twins)
+        planned = plan(batch, examination, known, rule, options.new_classes, twins)
         refuse_if_too_bad(batch, planned, options.max_quarantined_share)
         quarantine(store, batch, planned)  # before the version: a run killed in between is not asked again
-        report = report_of(batch, planned)
+        report = report_of(batch, planned, known)
         changed = bool(planned.rows or planned.relabelled)
         record = (
             append(store, base, batch, planned, examination.bytes_of, report) if changed else _nothing_new(batch, base)
         )
         if record is not None:
-            return _ingested(batch.name, record.version, created=changed, report=report)
+            return ingested(batch.name, record.version, created=changed, report=report)
         log.info("another run made a version of %s meanwhile; deciding again upon it", batch.dataset)
     raise RuntimeError(
         f"{_COMMIT_ATTEMPTS} rounds against other runs into {batch.dataset!r} were lost: run this batch again"
@@ -244,106 +231,18 @@ def quarantine(store: Store, batch: "Batch", planned: "Plan") -> None:
     delete(store, [found.key for found in list_objects(store, folder) if found.key not in records])
 
 
-def report_of(batch: "Batch", planned: "Plan") -> dict[str, Any]:
-    """What the version's record keeps about the run that made it: plain values."""
-    rows = Counter((photograph.item.label, split) for photograph, split in planned.rows)
-    return {
-        "prefix": batch.prefix,
-        "new_rows": len(planned.rows),
-        "relabelled": dict(Counter(f"{each.was} -> {each.label}" for each in planned.relabelled)),
-        "quarantined": len(planned.quarantined),
-        "counts": dict(Counter(each.reason for each in planned.findings).most_common()),
-        "rows": {
-            label: {split: count for (of, split), count in sorted(rows.items()) if of == label}
-            for label in sorted({label for label, _ in rows})
-        },
-        "carved": list(planned.carved),
-        "examples": [f"{each.name}: {each.message}" for each in planned.quarantined[:_SHOWN]],
-    }
+def show(result: "Ingested", examination: "Examination") -> None:
+    """The report and the table of checks on the run's page."""
+    from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
+    from tasks.ingest_report import as_markdown, checks_table
 
-def _ingested(batch: str, version: "DatasetVersion", created: bool, report: Mapping[str, Any]) -> Ingested:
-    return Ingested(
-        batch=batch,
-        version=version,
-        created=created,
-        new_rows=report["new_rows"],
-        relabelled=report.get("relabelled", {}),
-        quarantined=report["quarantined"],
-        counts=report["counts"],
-        rows=report["rows"],
-        carved=tuple(report["carved"]),
-        examples=tuple(report["examples"]),
+    name, described = (
+        result.version.name.replace("_", "-"),
+        f"{result.batch} -> {result.version.name} v{result.version.version}",
     )
-
-
-def pictures_of(examination: "Examination") -> dict[str, list[bytes]]:
-    """Label -> a few photographs of the batch, always the same ones."""
-    from tasks.contact_sheet import MAX_CLASSES, PER_CLASS
-
-    chosen: dict[str, list[bytes]] = {
-        label: [] for label in sorted({each.item.label for each in examination.photographs})
-    }
-    for each in sorted(examination.photographs, key=lambda photograph: photograph.sha256):
-        if len(chosen[each.item.label]) < PER_CLASS:
-            chosen[each.item.label].append(examination.bytes_of(each))
-    return dict(list(chosen.items())[:MAX_CLASSES])
-
-
-def show(result: Ingested, pictures: Mapping[str, list[bytes]]) -> None:
-    """The report on the run's page."""
-    from prefect.artifacts import create_markdown_artifact
-
-    from tasks.contact_sheet import contact_sheet
-
-    sheet = contact_sheet(list(pictures.values())) if pictures else b""
-    create_markdown_artifact(
-        key=f"ingest-{result.version.name.replace('_', '-')}",
-        markdown=as_markdown(result, tuple(pictures), sheet),
-        description=f"{result.batch} -> {result.version.name} v{result.version.version}",
-    )
-
-
-def as_markdown(result: Ingested, classes: tuple[str, ...], sheet: bytes) -> str:
-    """What became of the batch; `sheet` is a PNG with one row for each of `classes`."""
-    from tasks.batch import SPLITS
-    from tasks.checks import RULES
-
-    version = result.version
-    lines = [
-        f"# {result.batch}: {version.name} v{version.version}",
-        f"{result.new_rows} new photographs, {result.quarantined} files quarantined. `{version.digest}`",
-        _table(
-            ("class", *SPLITS),
-            [(label, *(str(splits.get(split, 0)) for split in SPLITS)) for label, splits in result.rows.items()]
-            + [("**all of the version**", *(f"**{version.splits[split]}**" for split in SPLITS))],
-        ),
-    ]
-    if result.relabelled:
-        lines.append(_table(("label corrected", "photographs"), [(k, str(n)) for k, n in result.relabelled.items()]))
-    if result.carved:
-        lines.append(f"No {' and '.join(result.carved)} split was given: taken out of the given train rows, by group.")
-    if result.counts:
-        found = [(reason, str(count), *RULES[reason]) for reason, count in result.counts.items()]
-        lines.append(_table(("found", "files", "outcome", "what it is"), found))
-    if result.examples:
-        lines.append(f"## Quarantined\n\nAll of them: `quarantine/{version.name}/{result.batch}/`\n")
-        lines.append("\n".join(f"- {_escaped(example)}" for example in result.examples))
-    if sheet:
-        rows = ", ".join(_escaped(label) for label in classes)
-        lines.append(
-            f"## Photographs\n\nRows: {rows}\n\n![photographs](data:image/png;base64,{b64encode(sheet).decode()})"
-        )
-    return "\n\n".join(lines)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    shown = [head, ["---"] * len(head), *([_escaped(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in shown)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    create_markdown_artifact(as_markdown(result, examination), key=f"ingest-{name}", description=described)
+    create_table_artifact(checks_table(result), key=f"checks-{name}", description=described)
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)

@@ -1,24 +1,24 @@
 """What is wrong with the photographs of a batch, and in which split the good ones go.
 
-`examine` reads and decodes each photograph once; `plan` is the decision: pure, repeatable, told what the dataset already holds.
+`plan` is the decision: pure, repeatable, told what `tasks/examination.py` found and what the dataset already holds.
 """
 
-import hashlib
-import os
-import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from types import TracebackType
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Final, Literal
 
-from monitoring.features import image_statistics, perceptual_hash
-from tasks.batch import SPLITS, Batch, BatchItem, BatchRefused, Finding
+import numpy as np
+
+from monitoring.features import STATISTICS
+from tasks.batch import SPLITS, Batch, BatchRefused, Finding
+from tasks.batch_statistics import outliers, shifts
 from tasks.corrections import Relabelled, corrected
-from tasks.images import MAX_BYTES, UnreadableImage, decode_full, probe
+from tasks.examination import Examination, Photograph
 from tasks.split import SplitRule, assigned, carved_from, carved_splits
-from tasks.storage import Content, Store, StoredObject, read_many
+from tasks.summary import Spread
+from tasks.twins import NO_TWINS, Twins
 
 Severity = Literal["quarantined", "dropped", "noted"]
 
@@ -41,14 +41,22 @@ RULES: Final[dict[str, tuple[Severity, str]]] = {
     "unknown_photograph": ("quarantined", "a correction of a photograph the dataset does not hold"),
     "unknown_class": ("quarantined", "a class the dataset does not have"),
     "bridges_splits": ("quarantined", "a group whose photographs would stand in two splits"),
+    "twin_bridges_splits": ("quarantined", "one picture that would stand in two splits, by twins of it in the dataset"),
     "duplicate": ("dropped", "the same bytes again in the same split"),
-    "twin_across_splits": ("dropped", "the same bytes in a split that is held out from training more strictly"),
+    "twin_across_splits": ("dropped", "the same picture is in a split that is held out from training more strictly"),
     "already_known": ("dropped", "bytes the dataset already holds under the same label"),
     "wrong_extension": ("noted", "the extension names another format than the content has"),
     "ignored_file": ("noted", "no photograph by its extension"),
     "small_class": ("noted", "a class with very few photographs"),
+    "imbalance": ("noted", "a class with many times the photographs of another"),
+    "near_duplicate": ("noted", "nearly the same picture as another: both go to the same split"),
+    "twins_disagree": ("noted", "nearly the same picture as another, under another label"),
+    "large_group": ("noted", "more near-duplicates than one group may have: not merged"),
+    "shifted": ("noted", "an image statistic of the batch lies elsewhere than that of the dataset"),
+    "outlier": ("noted", "a photograph unlike all others in an image statistic"),
 }
 SMALL_CLASS: Final = 5
+IMBALANCE: Final = 20  # photographs of the largest class for each of the smallest
 _EXTENSIONS: Final = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
     "PNG": {".png"},
@@ -59,118 +67,11 @@ _EXTENSIONS: Final = {
 
 
 @dataclass(frozen=True)
-class Photograph:
-    """One readable photograph of the batch. `offset` and `size` find its bytes in the examination's spool."""
-
-    item: BatchItem
-    sha256: str
-    phash: int
-    format: str
-    width: int
-    height: int
-    statistics: dict[str, float]
-    source_version: str | None
-    offset: int
-    size: int
-
-    @property
-    def group(self) -> str:
-        """Photographs of one group never stand in two splits; an image without a given group is its own."""
-        return self.item.group or self.sha256
-
-
-class Examination:
-    """The readable photographs of a batch, their bytes in a spool file on local disk, and what was found on the way.
-
-    The bytes that were checked are thereby the bytes that are stored, whatever happens to the objects meanwhile.
-    """
-
-    def __init__(self, spool: Path) -> None:
-        self.photographs: list[Photograph] = []
-        self.findings: list[Finding] = []
-        self._file = spool.open("w+b")
-        self._lock = threading.Lock()
-        self._end = 0
-
-    def __enter__(self) -> "Examination":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def keep(self, data: bytes) -> int:
-        """Appends to the spool; the offset."""
-        with self._lock:
-            offset = self._end
-            self._file.seek(offset)
-            self._file.write(data)
-            self._end += len(data)
-            return offset
-
-    def bytes_of(self, photograph: Photograph) -> bytes:
-        """The encoded photograph, as it came from S3."""
-        with self._lock:
-            self._file.seek(photograph.offset)
-            return self._file.read(photograph.size)
-
-
-def examine(store: Store, batch: Batch, spool: Path) -> Examination:
-    """Reads and decodes every photograph of the batch once. At most as many are decoded at a time as there are processors."""
-    decoding = threading.Semaphore(_processors())
-    items = {each.object.key: each for each in batch.items}
-    examination = Examination(spool)
-
-    def work(stored: StoredObject, content: Content) -> Photograph | Finding:
-        with decoding:
-            return _examined(items[stored.key], content, examination)
-
-    try:
-        for result in read_many(store, (each.object for each in batch.items if each.object.size <= MAX_BYTES), work):
-            if isinstance(result, Finding):
-                examination.findings.append(result)
-            else:
-                examination.photographs.append(result)
-    except BaseException:
-        examination.__exit__(None, None, None)
-        raise
-    for each in batch.items:
-        if each.object.size > MAX_BYTES:  # not even read
-            too_big = f"{each.object.size} bytes are more than the limit of {MAX_BYTES}"
-            examination.findings.append(Finding("too_many_bytes", each.name, too_big))
-    return examination
-
-
-def _examined(item: BatchItem, content: Content, examination: Examination) -> Photograph | Finding:
-    data = content.data
-    sha256 = hashlib.sha256(data).hexdigest()
-    try:
-        kind, _, _ = probe(data)
-        pixels = decode_full(data)
-    except UnreadableImage as error:
-        return Finding(error.reason, item.name, str(error), sha256)
-    height, width = pixels.shape[:2]
-    return Photograph(
-        item=item,
-        sha256=sha256,
-        phash=perceptual_hash(pixels),
-        format=kind,
-        width=width,
-        height=height,
-        statistics=image_statistics(pixels),
-        source_version=content.version,
-        offset=examination.keep(data),
-        size=len(data),
-    )
-
-
-@dataclass(frozen=True)
 class Known:
     """What the dataset holds already, as far as the batch meets it.
 
     labels: sha256 -> label. groups: group -> split. rows: (label, split) -> number of rows. carved: splits that are taken
-    out of given train rows because no batch gave them.
+    out of given train rows because no batch gave them. spreads: how the image statistics of its rows are distributed.
     """
 
     classes: tuple[str, ...] = ()
@@ -178,6 +79,7 @@ class Known:
     groups: dict[str, str] = field(default_factory=dict)
     rows: Counter[tuple[str, str]] = field(default_factory=Counter)
     carved: tuple[str, ...] = ()
+    spreads: Mapping[str, Spread] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -197,7 +99,14 @@ class Plan:
         return tuple(each for each in self.findings if RULES[each.reason][0] == "quarantined")
 
 
-def plan(batch: Batch, examination: Examination, known: Known, split: SplitRule, new_classes: bool = False) -> Plan:
+def plan(
+    batch: Batch,
+    examination: Examination,
+    known: Known,
+    split: SplitRule,
+    new_classes: bool = False,
+    twins: Twins = NO_TWINS,
+) -> Plan:
     """Decides for every file of the batch. The same batch on the same dataset gives the same plan."""
     findings = [*batch.findings, *examination.findings]
     findings += [found for each in examination.photographs if (found := _wrong_extension(each))]
@@ -205,11 +114,14 @@ def plan(batch: Batch, examination: Examination, known: Known, split: SplitRule,
     kept, contradictory = _contradictions(corrections.rest, known)
     kept, unknown = _unknown_classes(kept, known, new_classes)
     kept, redundant = _duplicates(kept, known)
+    kept, crossing = _crossing_twins(twins.grouped(kept), twins)
+    known = replace(known, groups={**known.groups, **twins.homes})
     kept, bridging = _bridges(kept, known)
-    findings += [*corrections.findings, *contradictory, *unknown, *redundant, *bridging]
+    findings += [*corrections.findings, *contradictory, *unknown, *redundant, *crossing, *bridging]
+    findings += twins.findings
     carved = carved_splits(kept, known)
     rows = sorted(assigned(kept, known, split, carved, batch.dataset), key=lambda row: row[0].sha256)
-    findings += _small_classes(rows, known)
+    findings += [*_small_classes(rows, known), *_statistics(rows, known)]
     return Plan(tuple(rows), tuple(findings), carved, new_classes, corrections.rows)
 
 
@@ -291,6 +203,17 @@ def _duplicates(photographs: Sequence[Photograph], known: Known) -> _Checked:
     return kept, findings
 
 
+def _crossing_twins(photographs: Sequence[Photograph], twins: Twins) -> _Checked:
+    """Photographs with twins in the dataset that stand in two splits: those rows stay, the newcomer cannot join both."""
+    kept = [each for each in photographs if each.sha256 not in twins.across]
+    findings = [
+        Finding("twin_bridges_splits", each.item.name, twins.across[each.sha256], each.sha256)
+        for each in photographs
+        if each.sha256 in twins.across
+    ]
+    return kept, findings
+
+
 def _bridges(photographs: Sequence[Photograph], known: Known) -> _Checked:
     """A group keeps its split in the dataset; a group given in two splits stays on the more strictly held-out side."""
     home: dict[str, str] = {}
@@ -303,7 +226,8 @@ def _bridges(photographs: Sequence[Photograph], known: Known) -> _Checked:
         at_home = home.get(each.group)
         if each.item.split and at_home and each.item.split != at_home and not carved_from(each, at_home, known):
             other = f"group {each.group!r} stands in {at_home}, this photograph is given in {each.item.split}"
-            findings.append(Finding("bridges_splits", each.item.name, other, each.sha256))
+            reason = "twin_across_splits" if each.twin_group else "bridges_splits"
+            findings.append(Finding(reason, each.item.name, other, each.sha256))
         else:
             kept.append(each)
     return kept, findings
@@ -321,12 +245,24 @@ def _small_classes(rows: Iterable[tuple[Photograph, str]], known: Known) -> list
     counts = Counter(photograph.item.label for photograph, _ in rows)
     for (label, _), stored in known.rows.items():
         counts[label] += stored
-    return [
+    found = [
         Finding("small_class", label, f"class {label!r} has {count} photographs: too few to train and judge on")
         for label, count in sorted(counts.items())
         if count < SMALL_CLASS
     ]
+    if len(counts) > 1:
+        (most, largest), (least, smallest) = counts.most_common()[0], counts.most_common()[-1]
+        if largest >= IMBALANCE * smallest:
+            told = f"class {most!r} has {largest} photographs, {least!r} {smallest}: give the rare class its weight"
+            found.append(Finding("imbalance", least, told))
+    return found
 
 
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _statistics(rows: Sequence[tuple[Photograph, str]], known: Known) -> list[Finding]:
+    """Where the batch as a whole, and single photographs of it, lie elsewhere than the dataset."""
+    values = {name: np.array([photograph.statistics[name] for photograph, _ in rows]) for name in STATISTICS}
+    found = [Finding("shifted", each.statistic, str(each)) for each in shifts(known.spreads, values)]
+    for at, why in outliers(known.spreads or None, values).items():
+        photograph, _ = rows[at]
+        found.append(Finding("outlier", photograph.item.name, why, photograph.sha256))
+    return found

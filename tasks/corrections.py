@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from tasks.batch import Batch, Finding
 
 if TYPE_CHECKING:
-    from tasks.checks import Known, Photograph
+    from tasks.checks import Known
+    from tasks.examination import Photograph
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.batch import SPLITS, Batch, Correction
-from tasks.checks import Known, Photograph, Plan
+from tasks.checks import Known, Plan
 from tasks.dataset_rows import SCHEMA, commit_rows, new_rows, open_table, relabelled_rows, table_uri
+from tasks.examination import Photograph
 from tasks.storage import Store, list_folders, list_objects, read, write_if_absent
 from tasks.summary import Summary, summarised, summary_from
 
@@ -206,6 +207,7 @@ def known_rows(
         groups=dict(zip(kin["group"].to_pylist(), kin["split"].to_pylist(), strict=True)),
         rows=Counter({(row["label"], row["split"]): row["count_all"] for row in counts}),
         carved=base.carved,
+        spreads=summary_of(store, base).statistics,
     )
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from monitoring.features import STATISTICS
-from tasks.checks import Photograph
+from tasks.examination import Photograph
 from tasks.storage import Store
 
 if TYPE_CHECKING:

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from monitoring.features import STATISTICS
 from tasks import storage
 from tasks.batch import Batch, BatchItem, BatchRefused, Finding, read_batch
-from tasks.checks import RULES, Examination, Known, Photograph, Plan, examine, plan, refuse_if_too_bad
+from tasks.checks import RULES, Known, Plan, plan, refuse_if_too_bad
+from tasks.examination import Examination, Photograph, examine
 from tasks.split import SplitRule
 from tasks.storage import Store, StoredObject
 
@@ -24,7 +26,7 @@ def photo(name: str, content: str | None = None, **item: Any) -> Photograph:
     """A photograph as `examine` reports it; equal `content` stands for equal bytes."""
     label = item.pop("label", "good")
     each = BatchItem(name, StoredObject(f"incoming/tire/b/{name}", 9, "e"), label, **item)
-    return Photograph(each, content or f"sha-{name}", 1, "JPEG", 32, 32, {}, None, 0, 9)
+    return Photograph(each, content or f"sha-{name}", 1, "JPEG", 32, 32, dict.fromkeys(STATISTICS, 0.0), None, 0, 9)
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +241,7 @@ def test_the_faults_of_real_tire_photographs_are_found(store: Store, shared_data
         "duplicate": 2,
         "twin_across_splits": 1,
         "ignored_file": 1,
+        "outlier": 7,
     }
     relabelled = [each.name for each in planned.quarantined if "/neg_" in each.name]
     assert relabelled, "the relabelled photographs are named"

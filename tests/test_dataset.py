@@ -15,10 +15,11 @@ import pyarrow as pa
 import pytest
 
 from flows import ingest
-from flows.ingest import Ingested, IngestOptions
+from flows.ingest import IngestOptions
 from tasks import dataset, storage
 from tasks.batch import BatchRefused
 from tasks.dataset import DatasetVersion, newest_version, open_version, read_rows
+from tasks.ingest_report import Ingested
 from tasks.storage import Store
 
 ROOT = Path(__file__).parents[1]

@@ -13,10 +13,12 @@ from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 
-from flows.ingest import Ingested, IngestOptions, ingest
+from flows.ingest import IngestOptions, ingest
 from flows.settings import settings
 from tasks import storage
+from tasks.checks import RULES
 from tasks.dataset import newest_version, read_rows
+from tasks.ingest_report import Ingested
 from tasks.sources import digit_folders, upload_folder
 from tasks.storage import Store
 
@@ -190,10 +192,15 @@ def test_the_report_shows_counts_reasons_and_pictures(store: Store, photograph: 
     assert "| duplicate | 1 | dropped |" in report
     assert "| not_an_image | 1 | quarantined |" in report
     assert "good/a\\|b&lt;c.jpg" in report
-    (picture,) = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", report)
-    sheet = Image.open(io.BytesIO(base64.b64decode(picture)))
-    assert sheet.height > 100
+    pictures_shown = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", report)
+    statistics, sheet = (Image.open(io.BytesIO(base64.b64decode(each))) for each in pictures_shown)
+    assert statistics.width > 500 and sheet.height > 100
     assert len(set(sheet.convert("RGB").getdata())) > 500
+    (table,) = api("/artifacts/filter", {"artifacts": {"key": {"any_": ["checks-flow-report"]}}})
+    rows = {row["rule"]: row for row in json.loads(table["data"])}
+    assert set(rows) == set(RULES), "what was looked for and not found is told as well"
+    assert (rows["not_an_image"]["found"], rows["not_an_image"]["outcome"]) == ("1", "quarantined")
+    assert rows["duplicate"]["found"] == "1" and "good/1" in rows["duplicate"]["for example"]
 
 
 def test_the_parameters_are_bounded_and_described_for_the_form() -> None:

@@ -1,0 +1,125 @@
+"""Reads and decodes each photograph of a batch once: what is unreadable is a finding, the rest is described and spooled."""
+
+import hashlib
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from monitoring.features import image_statistics, perceptual_hash
+from tasks.batch import Batch, BatchItem, Finding
+from tasks.images import MAX_BYTES, UnreadableImage, decode_full, probe
+from tasks.storage import Content, Store, StoredObject, read_many
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One readable photograph of the batch. `offset` and `size` find its bytes in the examination's spool."""
+
+    item: BatchItem
+    sha256: str
+    phash: int
+    format: str
+    width: int
+    height: int
+    statistics: dict[str, float]
+    source_version: str | None
+    offset: int
+    size: int
+    twin_group: str | None = None
+
+    @property
+    def group(self) -> str:
+        """Photographs of one group never stand in two splits; an image without twins or a given group is its own."""
+        return self.twin_group or self.item.group or self.sha256
+
+
+class Examination:
+    """The readable photographs of a batch, their bytes in a spool file on local disk, and what was found on the way.
+
+    The bytes that were checked are thereby the bytes that are stored, whatever happens to the objects meanwhile.
+    """
+
+    def __init__(self, spool: Path) -> None:
+        self.photographs: list[Photograph] = []
+        self.findings: list[Finding] = []
+        self._file = spool.open("w+b")
+        self._lock = threading.Lock()
+        self._end = 0
+
+    def __enter__(self) -> "Examination":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def keep(self, data: bytes) -> int:
+        """Appends to the spool; the offset."""
+        with self._lock:
+            offset = self._end
+            self._file.seek(offset)
+            self._file.write(data)
+            self._end += len(data)
+            return offset
+
+    def bytes_of(self, photograph: Photograph) -> bytes:
+        """The encoded photograph, as it came from S3."""
+        with self._lock:
+            self._file.seek(photograph.offset)
+            return self._file.read(photograph.size)
+
+
+def examine(store: Store, batch: Batch, spool: Path) -> Examination:
+    """Reads and decodes every photograph of the batch once. At most as many are decoded at a time as there are processors."""
+    decoding = threading.Semaphore(_processors())
+    items = {each.object.key: each for each in batch.items}
+    examination = Examination(spool)
+
+    def work(stored: StoredObject, content: Content) -> Photograph | Finding:
+        with decoding:
+            return _examined(items[stored.key], content, examination)
+
+    try:
+        for result in read_many(store, (each.object for each in batch.items if each.object.size <= MAX_BYTES), work):
+            if isinstance(result, Finding):
+                examination.findings.append(result)
+            else:
+                examination.photographs.append(result)
+    except BaseException:
+        examination.__exit__(None, None, None)
+        raise
+    for each in batch.items:
+        if each.object.size > MAX_BYTES:  # not even read
+            too_big = f"{each.object.size} bytes are more than the limit of {MAX_BYTES}"
+            examination.findings.append(Finding("too_many_bytes", each.name, too_big))
+    return examination
+
+
+def _examined(item: BatchItem, content: Content, examination: Examination) -> Photograph | Finding:
+    data = content.data
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        kind, _, _ = probe(data)
+        pixels = decode_full(data)
+    except UnreadableImage as error:
+        return Finding(error.reason, item.name, str(error), sha256)
+    height, width = pixels.shape[:2]
+    return Photograph(
+        item=item,
+        sha256=sha256,
+        phash=perceptual_hash(pixels),
+        format=kind,
+        width=width,
+        height=height,
+        statistics=image_statistics(pixels),
+        source_version=content.version,
+        offset=examination.keep(data),
+        size=len(data),
+    )
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
