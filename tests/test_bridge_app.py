@@ -5,8 +5,9 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import boto3
 import httpx
 import pytest
 from starlette.requests import Request
@@ -15,6 +16,9 @@ from bridge.app import came_over_loopback
 from bridge.metrics import Metrics
 from bridge.sealing import Batch, event_id
 from deploy import services
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 TOKEN = "a-token-for-the-tests"
 WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
@@ -84,6 +88,44 @@ def test_a_late_photograph_is_taken_in_when_the_empty_marker_is_written_again(
     again = sealed_events("late", count=2)
     assert len({event["id"] for event in again}) == 2
     assert {event["payload"]["prefix"] for event in again} == {first["payload"]["prefix"]}
+
+
+@pytest.mark.parametrize("versions", [True, False], ids=["versioned bucket", "plain bucket"])
+def test_seaweedfs_tells_enough_to_take_in_a_late_photograph(
+    bridge: Any, sealed_events: Sealed, start_service: Callable[..., Any], tmp_path: Path, versions: bool
+) -> None:
+    """The real webhook of a real filer, whose clock shows seconds; the marker is empty both times."""
+    dataset = f"seaweed-{versions}".lower()
+    events = '["create"]' if versions else '["create", "update"]'
+    (tmp_path / "notification.toml").write_text(
+        f'[notification.webhook]\nenabled = true\nendpoint = "{bridge.service.url}/s3"\nbearer_token = "{TOKEN}"\n'
+        f'event_types = {events}\npath_prefixes = ["/buckets/tirewatch/incoming/"]\n'
+    )
+    service = services.seaweedfs(tmp_path, services.free_ports(11), "key", "a-secret-for-the-tests")
+    running = start_service(service, tmp_path / "s3.log")
+    try:
+        access = {"aws_access_key_id": "key", "aws_secret_access_key": "a-secret-for-the-tests"}
+        s3 = boto3.client("s3", endpoint_url=service.url, region_name="us-east-1", **access)
+        create_bucket(s3, versions)
+        for name in ("a.jpg", "_SUCCESS", "_SUCCESS", "late.jpg", "_SUCCESS"):
+            s3.put_object(Bucket="tirewatch", Key=f"incoming/{dataset}/b1/{name}", Body=b"")
+            time.sleep(1.2)
+        assert len(sealed_events(dataset, count=2)) == 2
+        time.sleep(2)
+        assert len(sealed_events(dataset, count=3, within=1)) == 2
+    finally:
+        running.stop()
+
+
+def create_bucket(s3: "S3Client", versions: bool) -> None:
+    for _ in range(50):  # the gateway answers a moment before the filer behind it does
+        try:
+            s3.create_bucket(Bucket="tirewatch")
+            break
+        except s3.exceptions.ClientError:
+            time.sleep(0.2)
+    if versions:
+        s3.put_bucket_versioning(Bucket="tirewatch", VersioningConfiguration={"Status": "Enabled"})
 
 
 def test_a_marker_before_any_photograph_is_sealed_named_and_counted(
