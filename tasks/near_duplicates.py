@@ -42,7 +42,7 @@ class TwinRule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     hash_distance: int = Field(
-        12,
+        14,
         ge=0,
         le=16,
         description="Compare the pixels of photographs whose 64-bit perceptual hashes differ in at most so many bits; "
