@@ -79,7 +79,9 @@ def test_a_correction_by_images_uploaded_again_takes_new_photographs_in_as_well(
     files = {"again.jpg": sent["good/2.jpg"], "same.jpg": sent["good/4.jpg"], "new.jpg": photograph(99)}
     labels = {"again.jpg": "bad", "same.jpg": "good", "new.jpg": "good"}
     entries = [{"FilePath": name, "label_value": label} for name, label in labels.items()]
-    done = take_in(store, "mend-again", upload(store, "mend-again", "fix", correction(*entries, **files)), tmp_path / "3")
+    done = take_in(
+        store, "mend-again", upload(store, "mend-again", "fix", correction(*entries, **files)), tmp_path / "3"
+    )
     assert (done.new_rows, done.relabelled, done.quarantined) == (1, {"good -> bad": 1}, 0)
     after = by_digest(store, done.version)
     changed = digest(files["again.jpg"])
