@@ -1,9 +1,11 @@
 """tasks/hash_index.py and tasks/near_duplicates.py: hashes propose, registered pixels confirm, confirmed pairs make groups."""
 
+import csv
 import itertools
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,7 +17,19 @@ from pydantic import ValidationError
 
 from monitoring.features import perceptual_hash
 from tasks.hash_index import HashIndex
-from tasks.near_duplicates import Pairs, Tile, TwinRule, confirmed, grouped, likeness, proposed, same_picture, tile
+from tasks.images import decode_full
+from tasks.near_duplicates import (
+    Groups,
+    Pairs,
+    Tile,
+    TwinRule,
+    confirmed,
+    grouped,
+    likeness,
+    proposed,
+    same_picture,
+    tile,
+)
 
 Pixels = NDArray[np.uint8]
 RULE = TwinRule()
@@ -308,3 +322,39 @@ def test_a_given_group_too_large_to_be_joined_stays_whole_and_is_reported() -> N
     groups = grouped(23, np.array([[0, 20], [20, 22]]), RULE, owners)
     assert groups.of.tolist() == [0] * 20 + [20, 20, 20]
     assert [each.tolist() for each in groups.oversized] == [list(range(23))]
+
+
+def groups_of(paths: Sequence[Path]) -> tuple[Pairs, Groups]:
+    """What the defaults make of real photographs."""
+    pictures = [decode_full(path.read_bytes()) for path in paths]
+    tiles = [tile(each) for each in pictures]
+    hashes = np.array([perceptual_hash(each) for each in pictures], np.uint64)
+    pairs = confirmed(proposed(hashes, RULE).pairs, tiles.__getitem__, RULE)
+    return pairs, grouped(len(paths), pairs, RULE)
+
+
+@pytest.mark.shared_data
+def test_magnetic_tiles_under_six_lights_mostly_stay_whole_and_chain_nothing(shared_data: Path) -> None:
+    with (shared_data / "magnetic-tile" / "groups.csv").open(newline="") as table:
+        rows = sorted((row["path"], int(row["group"])) for row in csv.DictReader(table))
+    truth = np.array([group for _, group in rows])
+    pairs, groups = groups_of([shared_data / "magnetic-tile" / path for path, _ in rows])
+    several = [group for group, count in Counter(truth.tolist()).items() if count > 1]
+    whole = np.mean([len(np.unique(groups.of[truth == group])) == 1 for group in several])
+    assert whole > 0.87  # measured: 0.899
+    assert np.mean(truth[pairs[:, 0]] == truth[pairs[:, 1]]) > 0.93  # 0.947; most of the rest are true as well
+    assert np.bincount(groups.of).max() <= 0.02 * len(rows)
+
+
+@pytest.mark.shared_data
+def test_twins_among_tire_photographs_are_found_and_no_others_chained(shared_data: Path) -> None:
+    paths = sorted(path for path in (shared_data / "tyre-condition").glob("*/*/*") if path.is_file())
+    contents: dict[bytes, list[int]] = {}
+    for at, path in enumerate(paths):
+        contents.setdefault(path.read_bytes(), []).append(at)
+    exact = [twins for twins in contents.values() if len(twins) > 1]
+    pairs, groups = groups_of(paths)
+    assert len(exact) == 6
+    assert all(len(np.unique(groups.of[twins])) == 1 for twins in exact)
+    assert 18 <= len(pairs) <= 22  # measured: 21, of which two are different tires photographed alike
+    assert np.bincount(groups.of).max() == 2
