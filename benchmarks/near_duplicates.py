@@ -33,8 +33,9 @@ from rich.table import Table
 from monitoring.features import perceptual_hash
 from tasks.hash_index import HashIndex
 from tasks.images import UnreadableImage, decode_full
-from tasks.near_duplicates import Pairs, Tile, TwinRule, confirmed, grouped, likeness, proposed, tile
+from tasks.near_duplicates import Pairs, Tile, confirmed, grouped, likeness, proposed, tile
 from tasks.sources import solar_cell_folders
+from tasks.twin_rule import TwinRule
 
 SHARED: Final = Path(__file__).parents[2] / "shared" / "data"
 RULE: Final = TwinRule()

@@ -94,7 +94,8 @@ def deploy_recipe(name: str, defect_labels: Sequence[str] = ()) -> None:
     Without defect labels it is plain multi-class: there is no threshold, and the gates on escapes do not apply.
     """
     parsed = read_prefect_yaml(SOURCE / "prefect.yaml")
-    deploy_all(for_recipe(parsed, name, config={"defect_labels": list(defect_labels)}))
+    usual = {"twins": {}}  # the template's rule is for solar cells
+    deploy_all(for_recipe(parsed, name, options=usual, config={"defect_labels": list(defect_labels)}))
 
 
 def _prefect(*arguments: str) -> None:

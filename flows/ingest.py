@@ -25,8 +25,8 @@ from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.settings import settings
-from tasks.near_duplicates import TwinRule
 from tasks.storage import NETWORK_RETRY, Store
+from tasks.twin_rule import TwinRule
 
 if TYPE_CHECKING:
     from tasks.batch import Batch

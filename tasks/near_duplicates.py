@@ -11,16 +11,15 @@ from typing import Final
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.hash_index import Hashes, HashIndex, Positions
+from tasks.twin_rule import TwinRule
 
 Pairs = NDArray[np.int64]  # [P, 2] positions: the smaller one first, in rising order, no pair twice
 Tile = NDArray[np.uint8]  # [SIDE, SIDE] grey
 _Real = NDArray[np.float32]
 
 SIDE: Final = 64  # a tile is 4 KB
-SMALLEST_LIMIT: Final = 16  # a group of so many photographs is never too large: one tile was photographed 15 times
 
 _NEIGHBOURHOOD: Final = 6.0  # tile pixels (standard deviation) over which mean and contrast are local
 _NOISE: Final = 2.0  # grey levels of contrast that count for little: compression, not picture
@@ -34,37 +33,6 @@ _EVERYWHERE: Final = np.full((SIDE, SIDE), 255, dtype=np.uint8)
 _ONTO: Final = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 _CENTRE: Final = np.array([(SIDE - 1) / 2, (SIDE - 1) / 2, 1.0])
 _KEPT: Final = 4096  # prepared tiles: 70 MB
-
-
-class TwinRule(BaseModel):
-    """When two photographs count as one picture. The defaults are what did best on real sets: docs/decisions.md."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    hash_distance: int = Field(
-        14,
-        ge=0,
-        le=16,
-        description="Compare the pixels of photographs whose 64-bit perceptual hashes differ in at most so many bits; "
-        "0: do not look for near-duplicates (tiny images such as digits, which are all alike)",
-    )
-    likeness: float = Field(
-        0.93,
-        ge=0.5,
-        le=1,
-        description="Correlation of the registered pixels (1: equal but for light) from which two photographs are one picture",
-    )
-    max_group_share: float = Field(
-        0.01,
-        gt=0,
-        le=1,
-        description="A group with a greater share of the photographs is reported and divided; "
-        f"up to {SMALLEST_LIMIT} photographs are always allowed",
-    )
-
-    def largest_group(self, photographs: int) -> int:
-        """How many of that many photographs may share a group."""
-        return max(SMALLEST_LIMIT, int(self.max_group_share * photographs))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import pyarrow as pa
 from tasks.batch import SPLITS, Finding
 from tasks.examination import Examination, Photograph
 from tasks.images import decode_full
-from tasks.near_duplicates import Pairs, Tile, TwinRule, confirmed, grouped, proposed, tile
+from tasks.near_duplicates import Pairs, Tile, confirmed, grouped, proposed, tile
 from tasks.storage import Store
+from tasks.twin_rule import TwinRule
 
 if TYPE_CHECKING:
     from tasks.dataset import Record

@@ -22,7 +22,6 @@ from tasks.near_duplicates import (
     Groups,
     Pairs,
     Tile,
-    TwinRule,
     confirmed,
     grouped,
     likeness,
@@ -30,6 +29,7 @@ from tasks.near_duplicates import (
     same_picture,
     tile,
 )
+from tasks.twin_rule import TwinRule
 
 Pixels = NDArray[np.uint8]
 RULE = TwinRule()

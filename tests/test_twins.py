@@ -12,10 +12,10 @@ from tasks.batch import read_batch
 from tasks.checks import Known, Plan, plan
 from tasks.dataset import Record, append, known_rows, newest_record, open_rows
 from tasks.examination import examine
-from tasks.near_duplicates import TwinRule
 from tasks.sources import upload_folder
 from tasks.split import SplitRule
 from tasks.storage import Store, write_many
+from tasks.twin_rule import TwinRule
 from tasks.twins import find_twins
 
 RULE = TwinRule()
