@@ -51,7 +51,7 @@ def shifts(known: Mapping[str, Spread], batch: Mapping[str, Values]) -> tuple[Sh
 
     known: the version's spread of each statistic. batch: statistic -> [N] values. Small sets are not judged.
     """
-    from scipy.stats import binom
+    from scipy.special import bdtrc  # scipy.stats has it as binom.sf, and takes a second to import
 
     found = []
     level = FALSE_ALARMS / len(STATISTICS)
@@ -63,7 +63,7 @@ def shifts(known: Mapping[str, Spread], batch: Mapping[str, Values]) -> tuple[Sh
         outside = int(((values < low) | (values > high)).sum())
         # The range itself is an estimate: with `count` photographs behind it, its true share outside may be this much.
         expected = 2 * (QUANTILES[0] + 2 * np.sqrt(QUANTILES[0] * (1 - QUANTILES[0]) / before.count))
-        certain = binom.sf(outside - 1, len(values), expected) < level
+        certain = outside > 0 and bdtrc(outside - 1, len(values), expected) < level
         if certain and outside / len(values) >= LEAST_SHARE:
             median = before.quantiles[QUANTILES.index(0.5)]
             found.append(Shift(name, low, high, outside / len(values), median, float(np.median(values))))

@@ -37,7 +37,7 @@ SCHEMA: Final = pa.schema(
         *(pa.field(name, pa.float32(), nullable=False) for name in STATISTICS),
     ]
 )
-_WRITE_BYTES: Final = 32 * 2**20  # of photographs in one Arrow batch on the way in
+_WRITE_BYTES: Final = 4 * 2**20  # of photographs in one Arrow batch on the way in; larger ones are slower
 _COPIED_ROWS: Final = 32  # of photographs read at a time to be written again under another label
 _COMMIT_ATTEMPTS: Final = 50
 
@@ -56,7 +56,7 @@ def open_table(store: Store, name: str, lance_version: int | None = None) -> "la
 def new_rows(
     rows: Iterable[tuple[Photograph, str]], bytes_of: Callable[[Photograph], bytes], batch: str
 ) -> Iterator[pa.RecordBatch]:
-    """Photographs with their splits as Arrow batches of at most 32 MB (one photograph may be larger by itself)."""
+    """Photographs with their splits as Arrow batches of at most 4 MB (one photograph may be larger by itself)."""
     some: list[dict[str, Any]] = []
     held = 0
     for photograph, split in rows:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from monitoring.features import image_statistics, perceptual_hash
+import cv2
+
+from monitoring.features import image_statistics, luma_of, perceptual_hash
 from tasks.batch import Batch, BatchItem, Finding
-from tasks.images import MAX_BYTES, UnreadableImage, decode_full, probe
+from tasks.images import MAX_BYTES, UnreadableImage, decode_with_format
 from tasks.storage import Content, Store, StoredObject, read_many
 
 
@@ -44,7 +46,7 @@ class Examination:
     def __init__(self, spool: Path) -> None:
         self.photographs: list[Photograph] = []
         self.findings: list[Finding] = []
-        self._file = spool.open("w+b")
+        self._file = spool.open("w+b", buffering=0)
         self._lock = threading.Lock()
         self._end = 0
 
@@ -60,27 +62,25 @@ class Examination:
         """Appends to the spool; the offset."""
         with self._lock:
             offset = self._end
-            self._file.seek(offset)
-            self._file.write(data)
             self._end += len(data)
-            return offset
+        written = os.pwrite(self._file.fileno(), data, offset)
+        if written != len(data):
+            raise OSError(f"only {written} of {len(data)} bytes fit in {self._file.name}: make room on this disk")
+        return offset
 
     def bytes_of(self, photograph: Photograph) -> bytes:
         """The encoded photograph, as it came from S3."""
-        with self._lock:
-            self._file.seek(photograph.offset)
-            return self._file.read(photograph.size)
+        return os.pread(self._file.fileno(), photograph.size, photograph.offset)
 
 
 def examine(store: Store, batch: Batch, spool: Path) -> Examination:
     """Reads and decodes every photograph of the batch once. At most as many are decoded at a time as there are processors."""
-    decoding = threading.Semaphore(_processors())
+    cv2.setNumThreads(1)  # each photograph has a thread already: OpenCV's own would only wait for one another
     items = {each.object.key: each for each in batch.items}
     examination = Examination(spool)
 
     def work(stored: StoredObject, content: Content) -> Photograph | Finding:
-        with decoding:
-            return _examined(items[stored.key], content, examination)
+        return _examined(items[stored.key], content, examination)
 
     try:
         for result in read_many(store, (each.object for each in batch.items if each.object.size <= MAX_BYTES), work):
@@ -102,24 +102,20 @@ def _examined(item: BatchItem, content: Content, examination: Examination) -> Ph
     data = content.data
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        kind, _, _ = probe(data)
-        pixels = decode_full(data)
+        kind, pixels = decode_with_format(data)
     except UnreadableImage as error:
         return Finding(error.reason, item.name, str(error), sha256)
     height, width = pixels.shape[:2]
+    luma = luma_of(pixels)
     return Photograph(
         item=item,
         sha256=sha256,
-        phash=perceptual_hash(pixels),
+        phash=perceptual_hash(pixels, luma),
         format=kind,
         width=width,
         height=height,
-        statistics=image_statistics(pixels),
+        statistics=image_statistics(pixels, luma),
         source_version=content.version,
         offset=examination.keep(data),
         size=len(data),
     )
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

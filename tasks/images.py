@@ -70,6 +70,11 @@ def probe(data: bytes) -> tuple[str, int, int]:
 
 def decode_full(data: bytes) -> Pixels:
     """Encoded photograph -> [H, W, 3] uint8 RGB at its own size, EXIF orientation applied. Raises UnreadableImage."""
+    return decode_with_format(data)[1]
+
+
+def decode_with_format(data: bytes) -> tuple[str, Pixels]:
+    """The same, with the format that the content has, one of FORMATS."""
     kind, _, _ = probe(data)
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -83,7 +88,7 @@ def decode_full(data: bytes) -> Pixels:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, OverflowError) as error:
         raise UnreadableImage("truncated", f"the {kind} file is truncated or damaged: {error}") from None
-    return _upright(pixels, orientation)
+    return kind, _upright(pixels, orientation)
 
 
 def _pillow_rgb(image: Image.Image) -> Pixels:
