@@ -52,7 +52,9 @@ def perceptual_hash(pixels: NDArray[np.uint8], luma: NDArray[np.uint8] | None = 
     Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010. Near-duplicates differ in few bits,
     but few differing bits prove nothing by themselves: a hash proposes, pixels decide.
     """
-    square = cv2.resize(luma_of(pixels) if luma is None else luma, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    square = cv2.resize(luma_of(pixels) if luma is None else luma, (32, 32), interpolation=cv2.INTER_AREA).astype(
+        np.float32
+    )
     lowest = cv2.dct(square)[:8, :8].ravel()
     bits = lowest > np.median(lowest[1:])  # without the mean, which would drown the rest
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

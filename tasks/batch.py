@@ -8,6 +8,7 @@ what is inside them is `tasks/checks.py`.
 import hashlib
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class BatchRefused(ValueError):
     """The batch as a whole cannot become a dataset version; nothing was changed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BatchItem:
     """One photograph of a batch. `name` is its path below the batch's prefix."""
 
@@ -191,7 +192,7 @@ def from_folders(files: dict[str, StoredObject]) -> tuple[list[BatchItem], list[
         elif wrong := _not_storable(below[0]):
             findings.append(Finding("no_label", name, f"the class folder's name {below[0]!r} {wrong}"))
         else:
-            items.append(BatchItem(name, each, below[0].strip(), split))
+            items.append(BatchItem(name, each, sys.intern(below[0].strip()), split))
     return items, findings
 
 

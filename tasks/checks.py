@@ -9,13 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
-import numpy as np
-
-from monitoring.features import STATISTICS
 from tasks.batch import SPLITS, Batch, BatchRefused, Finding
 from tasks.batch_statistics import outliers, shifts
 from tasks.corrections import Relabelled, corrected
-from tasks.examination import Examination, Photograph
+from tasks.examination import Examination, Photograph, columns_of
 from tasks.split import SplitRule, assigned, carved_from, carved_splits
 from tasks.summary import Spread
 from tasks.twins import NO_TWINS, Twins
@@ -260,7 +257,7 @@ def _small_classes(rows: Iterable[tuple[Photograph, str]], known: Known) -> list
 
 def _statistics(rows: Sequence[tuple[Photograph, str]], known: Known) -> list[Finding]:
     """Where the batch as a whole, and single photographs of it, lie elsewhere than the dataset."""
-    values = {name: np.array([photograph.statistics[name] for photograph, _ in rows]) for name in STATISTICS}
+    values = columns_of(photograph for photograph, _ in rows)
     found = [Finding("shifted", each.statistic, str(each)) for each in shifts(known.spreads, values)]
     for at, why in outliers(known.spreads or None, values).items():
         photograph, _ = rows[at]

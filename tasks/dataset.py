@@ -214,7 +214,7 @@ def known_rows(
 def digest_of(rows: pa.Table) -> str:
     """`sha256:<hex>` over the lines `sha256 TAB label TAB split LF` of the rows, sorted by sha256."""
     digest = hashlib.sha256()
-    for some in rows.select(["sha256", "label", "split"]).sort_by("sha256").to_batches(max_chunksize=65536):
+    for some in rows.select(["sha256", "label", "split"]).sort_by("sha256").to_batches(max_chunksize=4096):
         columns = (column.to_pylist() for column in some.columns)
         digest.update(
             "".join(f"{sha}\t{label}\t{split}\n" for sha, label, split in zip(*columns, strict=True)).encode()
@@ -275,7 +275,7 @@ def record_of_batch(store: Store, batch: Batch, new_classes: bool) -> Record | N
 
 
 def _version_of(store: Store, name: str, number: int, index: pa.Table) -> DatasetVersion:
-    counts = Counter(index["split"].to_pylist())
+    counts = Counter({each["values"]: each["counts"] for each in pc.value_counts(index["split"]).to_pylist()})
     return DatasetVersion(
         name=name,
         version=number,

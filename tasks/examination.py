@@ -3,21 +3,28 @@
 import hashlib
 import os
 import threading
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import cv2
+import numpy as np
+from numpy.typing import NDArray
 
-from monitoring.features import image_statistics, luma_of, perceptual_hash
+from monitoring.features import STATISTICS, image_statistics, luma_of, perceptual_hash
 from tasks.batch import Batch, BatchItem, Finding
 from tasks.images import MAX_BYTES, UnreadableImage, decode_with_format
 from tasks.storage import Content, Store, StoredObject, read_many
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Photograph:
-    """One readable photograph of the batch. `offset` and `size` find its bytes in the examination's spool."""
+    """One readable photograph of the batch. `offset` and `size` find its bytes in the examination's spool.
+
+    statistics: those of `monitoring.features.STATISTICS`, in their order. Small, because a batch may hold a million of these.
+    """
 
     item: BatchItem
     sha256: str
@@ -25,7 +32,7 @@ class Photograph:
     format: str
     width: int
     height: int
-    statistics: dict[str, float]
+    statistics: "array[float]"
     source_version: str | None
     offset: int
     size: int
@@ -114,8 +121,14 @@ def _examined(item: BatchItem, content: Content, examination: Examination) -> Ph
         format=kind,
         width=width,
         height=height,
-        statistics=image_statistics(pixels, luma),
+        statistics=array("f", image_statistics(pixels, luma).values()),
         source_version=content.version,
         offset=examination.keep(data),
         size=len(data),
     )
+
+
+def columns_of(photographs: Iterable[Photograph]) -> dict[str, NDArray[np.float32]]:
+    """Each of STATISTICS -> its values, [N]."""
+    values = np.array([each.statistics for each in photographs], np.float32).reshape(-1, len(STATISTICS))
+    return dict(zip(STATISTICS, values.T, strict=True))

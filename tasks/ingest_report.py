@@ -6,12 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from monitoring.features import STATISTICS
 from tasks.batch import SPLITS
 from tasks.batch_statistics import picture
 from tasks.contact_sheet import MAX_CLASSES, PER_CLASS, contact_sheet
+from tasks.examination import columns_of
 from tasks.summary import Spread, spread
 
 if TYPE_CHECKING:
@@ -55,9 +53,7 @@ def report_of(batch: "Batch", planned: "Plan", known: "Known") -> dict[str, Any]
     for each in planned.findings:
         if len(some := found.setdefault(each.reason, [])) < _EXAMPLES:
             some.append((each.name, each.message))
-    statistics = {
-        name: spread(np.array([photograph.statistics[name] for photograph, _ in planned.rows])) for name in STATISTICS
-    }
+    values = columns_of(photograph for photograph, _ in planned.rows)
     return {
         "prefix": batch.prefix,
         "new_rows": len(planned.rows),
@@ -72,7 +68,7 @@ def report_of(batch: "Batch", planned: "Plan", known: "Known") -> dict[str, Any]
         "examples": [f"{each.name}: {each.message}" for each in planned.quarantined[:_SHOWN]],
         "found": found,
         "before": {name: asdict(each) for name, each in known.spreads.items()},
-        "now": {name: asdict(each) for name, each in statistics.items()},
+        "now": {name: asdict(each) for name, each in ((name, spread(some)) for name, some in values.items())},
     }
 
 

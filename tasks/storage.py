@@ -53,7 +53,7 @@ class Store:
         return options
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredObject:
     """One entry of a listing. modified: when it was written, by the store's clock."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks.batch import SPLITS, Finding
 from tasks.examination import Examination, Photograph
@@ -56,8 +57,9 @@ def find_twins(store: Store, base: "Record | None", examination: Examination, ru
     if rule.hash_distance == 0 or not examination.photographs:
         return NO_TWINS
     stored = _stored(store, base)
-    known = set(stored["sha256"].to_pylist())
-    new = sorted({each.sha256: each for each in examination.photographs if each.sha256 not in known}.values(), key=_sha)
+    new = sorted({each.sha256: each for each in examination.photographs}.values(), key=_sha)
+    known = pc.is_in(pa.array([each.sha256 for each in new], pa.string()), stored["sha256"]).to_pylist()
+    new = [each for each, is_known in zip(new, known, strict=True) if not is_known]
     hashes = np.concatenate([stored["phash"].to_numpy(), np.array([each.phash for each in new], np.uint64)])
     pairs = proposed(hashes, rule, first_new=stored.num_rows).pairs
     if not len(pairs):
@@ -123,10 +125,12 @@ class _Party:
 
 def _meaning(stored: pa.Table, new: Sequence[Photograph], pairs: Pairs, rule: TwinRule) -> Twins:
     """Groups, splits and findings from confirmed pairs of positions: stored rows first, then the new photographs."""
-    part = np.union1d(pairs.ravel(), np.arange(stored.num_rows, stored.num_rows + len(new)))
+    annotated = [stored.num_rows + at for at, each in enumerate(new) if each.item.group]
+    part = np.union1d(pairs.ravel(), np.array(annotated, np.int64))
     rows = stored.take(part[part < stored.num_rows]).to_pylist()
     parties = [_Party(f"{row['sha256'][:12]} in the dataset", row["group"], row["label"], row["split"]) for row in rows]
-    parties += [_Party(each.item.name, each.group, each.item.label, sha256=each.sha256) for each in new]
+    taking = [new[at - stored.num_rows] for at in part[part >= stored.num_rows].tolist()]
+    parties += [_Party(each.item.name, each.group, each.item.label, sha256=each.sha256) for each in taking]
     links = np.searchsorted(part, pairs)
     given = np.unique([each.group for each in parties], return_inverse=True)[1]
     made = grouped(len(parties), links, rule, given, total=stored.num_rows + len(new))

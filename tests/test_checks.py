@@ -1,6 +1,7 @@
 """tasks/checks.py: what is wrong with a batch's photographs, and where the good ones go."""
 
 import io
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,9 @@ def photo(name: str, content: str | None = None, **item: Any) -> Photograph:
     """A photograph as `examine` reports it; equal `content` stands for equal bytes."""
     label = item.pop("label", "good")
     each = BatchItem(name, StoredObject(f"incoming/tire/b/{name}", 9, "e"), label, **item)
-    return Photograph(each, content or f"sha-{name}", 1, "JPEG", 32, 32, dict.fromkeys(STATISTICS, 0.0), None, 0, 9)
+    return Photograph(
+        each, content or f"sha-{name}", 1, "JPEG", 32, 32, array("f", [0.0] * len(STATISTICS)), None, 0, 9
+    )
 
 
 @pytest.fixture(scope="module")
