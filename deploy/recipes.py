@@ -94,7 +94,7 @@ def deploy_recipe(name: str, defect_labels: Sequence[str] = ()) -> None:
     Without defect labels it is plain multi-class: there is no threshold, and the gates on escapes do not apply.
     """
     parsed = read_prefect_yaml(SOURCE / "prefect.yaml")
-    usual = {"twins": {}}  # the template's rule is for solar cells
+    usual: dict[str, Any] = {"twins": {}}  # the template's rule is for solar cells
     deploy_all(for_recipe(parsed, name, options=usual, config={"defect_labels": list(defect_labels)}))
 
 

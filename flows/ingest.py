@@ -11,6 +11,7 @@ an event started (it has an `occasion`) leaves a batch alone that was refused wi
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -181,6 +182,7 @@ def examine_photographs(store: Store, batch: "Batch", spool: Path) -> "Examinati
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
 def commit(store: Store, batch: "Batch", examination: "Examination", options: IngestOptions) -> "Ingested":
     """Decides on every file, records what is quarantined and writes the next version, after whoever else writes one."""
+    os.environ.setdefault("LANCE_UPLOAD_CONCURRENCY", "2")  # ten, the default, hold 100 MB more and are no faster
     from tasks.checks import plan, refuse_if_too_bad
     from tasks.dataset import append, known_rows, newest_record, record_of_batch
     from tasks.ingest_report import ingested, report_of

@@ -4,7 +4,6 @@ A Lance commit here always says what the table holds from then on: the rows of o
 are replaced, and the new ones. What a killed or beaten run committed in between is never inherited.
 """
 
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -112,7 +111,6 @@ def commit_rows(
 
     replaced: sha256 of the rows of the base that are left out; their photographs stay in the files, marked as deleted.
     """
-    os.environ.setdefault("LANCE_UPLOAD_CONCURRENCY", "2")  # ten, the default, hold 100 MB more and are no faster
     from lance.fragment import write_fragments
 
     uri, options = table_uri(store, name), store.lance_options
