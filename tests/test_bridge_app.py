@@ -75,6 +75,7 @@ def test_a_batch_without_marker_is_sealed_after_the_quiet_period(bridge: Any, se
     assert event["payload"]["prefix"] == "incoming/quiet/b1/"
 
 
+@pytest.mark.slow
 def test_a_late_photograph_is_taken_in_when_the_empty_marker_is_written_again(
     bridge: Any, sealed_events: Sealed
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_late_photograph_is_taken_in_when_the_empty_marker_is_written_again(
     assert {event["payload"]["prefix"] for event in again} == {first["payload"]["prefix"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("versions", [True, False], ids=["versioned bucket", "plain bucket"])
 def test_seaweedfs_tells_enough_to_take_in_a_late_photograph(
     bridge: Any, sealed_events: Sealed, start_service: Callable[..., Any], tmp_path: Path, versions: bool

@@ -67,6 +67,7 @@ def counts(events: Sequence[dict[str, Any]]) -> Counter[str]:
     return Counter(event["payload"]["batch"] for event in events)
 
 
+@pytest.mark.slow
 def test_twenty_batches_told_three_times_in_any_order_and_one_in_ten_not_at_all_are_sealed_once_each(
     tmp_path: Path, prefect_api: str, start_bridge: Start, sealed_events: Sealed
 ) -> None:

@@ -339,6 +339,7 @@ def test_a_message_is_deleted_once_it_is_on_disk_although_prefect_is_away(
     assert len(sealed_events("prefect-away")) == 1
 
 
+@pytest.mark.slow
 def test_a_queue_that_goes_away_is_told_once_and_read_again_when_it_is_back(
     aws: Aws, make_queue: Callable[..., Queue], run: Start, sealed_events: Sealed, log: Callable[[], str]
 ) -> None:

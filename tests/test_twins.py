@@ -1,5 +1,7 @@
 """tasks/twins.py with a real dataset on S3: near-duplicates share a group and never stand in two splits."""
 
+import csv
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -154,3 +156,28 @@ def test_no_twin_of_real_tire_photographs_stands_in_two_splits(store: Store, sha
     for photograph, split in planned.rows:
         splits[twins.groups.get(photograph.sha256, photograph.sha256)].add(split)
     assert all(len(some) == 1 for some in splits.values())
+
+
+@pytest.mark.shared_data
+def test_photographs_of_one_magnetic_tile_stay_together_when_the_groups_are_given(
+    store: Store, shared_data: Path, tmp_path: Path
+) -> None:
+    """Six exposures of one tile in two splits would teach the tile and not the defect."""
+    tiles = shared_data / "magnetic-tile"
+    with (tiles / "groups.csv").open(newline="") as table:
+        told = list(csv.DictReader(table))
+    entries = [{"FilePath": row["path"], "label_value": row["class"], "group": f"tile-{row['group']}"} for row in told]
+    prefix = "incoming/magnetic/all/"
+    files: list[tuple[str, bytes | Path]] = [(prefix + row["path"], tiles / row["path"]) for row in told]
+    write_many(store, [*files, (f"{prefix}annotations.json", json.dumps({"annotation": {"data": entries}}).encode())])
+    batch = read_batch(store, "magnetic", prefix)
+    with examine(store, batch, tmp_path / "tiles") as examination:
+        twins = find_twins(store, None, examination, RULE)
+        planned = plan(batch, examination, Known(), SplitRule(), twins=twins)
+    splits, counts = defaultdict(set), Counter(split for _, split in planned.rows)
+    for photograph, split in planned.rows:
+        splits[photograph.item.group].add(split)
+    assert len(splits) > 200 and all(len(some) == 1 for some in splits.values())
+    assert len(planned.rows) > 0.97 * len(told)
+    for split in ("val", "test"):
+        assert counts[split] / len(planned.rows) == pytest.approx(0.15, abs=0.02)

@@ -125,6 +125,7 @@ def serving(tmp_path: Path) -> Iterator[Stack]:
         local.down(state)
 
 
+@pytest.mark.slow
 def test_a_killed_front_door_process_is_mended_and_told(serving: Stack) -> None:
     http, image = f"127.0.0.1:{serving.ports['triton_http']}", known_image()
     assert find_problem(http, ["colour"], image) is None
