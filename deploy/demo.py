@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy import local, photographs
+from deploy.figures import first_figures, swap_figures
 from deploy.photographs import Labelled, Photographs
 from deploy.stack import SOURCE, Stack, StackError
 from deploy.story import Story, message_of
@@ -94,7 +95,7 @@ def _tell(story: Story, pictures: Photographs, defect: tuple[str, ...]) -> None:
 
     story.chapter(f"A model is born: {first} photographs")
     dataset, version = _first_version(story, here, pictures)
-    _figures(story, here, pictures.recipe, version, dataset)
+    first_figures(story, here, pictures.recipe, version, dataset)
     _ask(story, here, pictures)
 
     story.chapter(f"Production is watched: {len(pictures.traffic)} photographs nobody uploaded")
@@ -214,27 +215,6 @@ def _train_longer(story: Story, trained: "FlowRun", version: int | None) -> "Flo
     return story.follow(f"train/{recipe}", since, {"dataset": recipe})
 
 
-def _figures(story: Story, here: "Settings", recipe: str, version: int, dataset: "DatasetVersion") -> None:
-    """The first version's own figures, as MLflow holds them."""
-    from tasks.registry import load_card, run_metrics
-
-    trained, card = load_card(here.mlflow_tracking_uri, recipe, version)
-    metrics = run_metrics(here.mlflow_tracking_uri, trained.run_id)
-    story.report["train"] = {
-        "recipe": f"train/{recipe}",
-        "architecture": card.architecture,
-        "image_size": card.image_size,
-        "seed": card.seed,
-        "test_accuracy": metrics["test_accuracy"],
-        "test_share": round(dataset.splits["test"] / sum(dataset.splits.values()), 4),
-        "threshold": card.rule.threshold,
-        "seconds": metrics["train_seconds"],
-        "mlflow_run": trained.run_id,
-    }
-    served = {name.removeprefix("served_"): value for name, value in metrics.items() if name.startswith("served_")}
-    story.report["served"] = served
-
-
 def _ask(story: Story, here: "Settings", pictures: Photographs) -> None:
     """The held-back photographs over gRPC and HTTP; both must say the same."""
     from tasks.serving import infer_front_door
@@ -307,17 +287,28 @@ def _second_version(story: Story, here: "Settings", pictures: Photographs) -> bo
         return False
     version, run = _judged(story, here, recipe, sealed, trained)
     story.report["promotion"] = {"decision": run.state_name, "version": version, "reasons": message_of(run)}
+    if run.state_name == "Refused" and _only_not_better(message_of(run)):
+        run = _overrule(story, recipe, version, run)
+        story.report["promotion"]["overruled"] = run.state_name
     if run.state_name == "Promoted":
-        story.report["swap"] = _swap_figures(here, recipe, version)
+        story.report["swap"] = swap_figures(here, recipe, version)
     return run.state_name == "Promoted"
 
 
-def _swap_figures(here: "Settings", recipe: str, version: int) -> dict[str, float]:
-    from tasks.registry import load_card, run_metrics
+def _only_not_better(reasons: str) -> bool:
+    """Whether the champion's accuracy was the one thing the challenger did not beat."""
+    return "better than the champion: " in reasons and reasons.count("demanded") == 1
 
-    trained, _ = load_card(here.mlflow_tracking_uri, recipe, version)
-    metrics = run_metrics(here.mlflow_tracking_uri, trained.run_id)
-    return {name.removeprefix("swap_"): value for name, value in metrics.items() if name.startswith("swap_")}
+
+def _overrule(story: Story, recipe: str, version: int, refused: "FlowRun") -> "FlowRun":
+    """What a person may do about a challenger that is as good, and knows more photographs: every other gate is asked again."""
+    from prefect.deployments import run_deployment
+
+    limits = {**(refused.parameters.get("limits") or {}), "must_beat_champion": False}
+    story.say("as good within chance, and trained on more: by hand that one gate is waived, and the proof begins anew")
+    since, parameters = datetime.now(UTC), {"model": recipe, "version": version, "limits": limits}
+    run_deployment(f"promote/{recipe}", parameters=parameters, timeout=0, as_subflow=False)
+    return story.follow(f"promote/{recipe}", since, {"model": recipe, "version": version})
 
 
 def _roll_back(story: Story, here: "Settings", recipe: str, promoted: bool) -> None:
