@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,3 +188,67 @@ def test_an_unreadable_image_survives_the_way_between_processes() -> None:
 
     again = pickle.loads(pickle.dumps(UnreadableImage("truncated", "cut off")))
     assert (again.reason, str(again)) == ("truncated", "cut off")
+
+
+FUZZ = """
+import io, resource, sys, time
+import numpy as np
+from PIL import Image
+from tasks.images import UnreadableImage, decode_full
+
+resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))  # a header that promises 40,000 x 40,000 must not be believed
+random = np.random.default_rng(20261121)
+seeds = []
+for mode in ("RGB", "L", "P", "CMYK", "RGBA", "I;16", "1"):
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"):
+        pixels = Image.fromarray(random.integers(0, 256, (24, 31, 3), dtype=np.uint8))
+        out = io.BytesIO()
+        try:
+            (pixels if mode == "RGB" else pixels.convert("L").convert(mode)).save(out, kind)
+        except (OSError, ValueError, KeyError):
+            continue
+        seeds.append(out.getvalue())
+
+def mutated(data):
+    changed = bytearray(data)
+    for _ in range(random.integers(1, 9)):
+        at = int(random.integers(len(changed))) if random.random() < 0.5 else int(random.integers(min(64, len(changed))))
+        what = random.integers(6)
+        if what == 0:
+            changed[at] ^= 1 << int(random.integers(8))
+        elif what == 1:
+            changed[at] = int(random.choice([0, 1, 127, 128, 255]))
+        elif what == 2:
+            del changed[at:]
+        elif what == 3:
+            changed[at:at] = random.integers(0, 256, int(random.integers(1, 40)), dtype=np.uint8).tobytes()
+        elif what == 4:
+            changed[at : at + 4] = random.choice([b"\\xff\\xff\\xff\\xff", b"\\x7f\\xff\\xff\\xff", b"\\0\\0\\0\\0"])
+        else:
+            del changed[at : at + int(random.integers(1, 40))]
+        if not changed:
+            break
+    return bytes(changed)
+
+outcomes, slowest = {}, 0.0
+for number in range(10_000):
+    data = mutated(seeds[number % len(seeds)])
+    began = time.perf_counter()
+    try:
+        pixels = decode_full(data)
+        assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+        outcome = "accepted"
+    except UnreadableImage as error:
+        assert str(error)
+        outcome = error.reason
+    slowest = max(slowest, time.perf_counter() - began)
+    outcomes[outcome] = outcomes.get(outcome, 0) + 1
+assert slowest < 10, slowest
+print(outcomes, len(seeds), round(slowest, 3))
+"""
+
+
+def test_ten_thousand_damaged_files_are_accepted_or_refused_with_a_reason_in_bounded_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", FUZZ], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "'accepted'" in done.stdout and "'truncated'" in done.stdout and "'not_an_image'" in done.stdout
