@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deploy.stack import Stack, read_stack
 from deploy.watch import wait_for_run
@@ -62,10 +63,12 @@ def report(state: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def here(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def here(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    """The settings of this stack, for the project and for Prefect's own client (other tests have a server of their own)."""
     for name, value in stack.environment().items():
         monkeypatch.setenv(name, value)
-    return Settings()
+    with temporary_settings({PREFECT_API_URL: stack.environment()["PREFECT_API_URL"]}):
+        yield Settings()
 
 
 @pytest.fixture(scope="module")
