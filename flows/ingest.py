@@ -32,7 +32,6 @@ from tasks.twin_rule import TwinRule
 if TYPE_CHECKING:
     from tasks.batch import Batch
     from tasks.checks import Plan
-    from tasks.claims import Subject
     from tasks.dataset import DatasetVersion, Record
     from tasks.examination import Examination
     from tasks.ingest_report import Ingested
@@ -112,10 +111,10 @@ def refusals_kept(store: Store, dataset: str, prefix: str) -> Iterator[None]:
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
 def reason_to_wait(store: Store, batch: "Batch") -> str | None:
     """Why the batch must not be ingested now: it was refused with this content, or another run is at it."""
-    from tasks.claims import claim, read_verdict
+    from tasks.claims import batch_subject, claim, read_verdict
     from tasks.runs import is_alive, this_run
 
-    subject = subject_of(batch.prefix, batch.content)
+    subject = batch_subject(batch.prefix, batch.content)
     made = read_verdict(store, subject)
     if made and made.outcome == "refused":
         return f"{batch.prefix} was refused with this very content by run {made.run}: {made.figures['reason']}"
@@ -124,21 +123,13 @@ def reason_to_wait(store: Store, batch: "Batch") -> str | None:
     return None
 
 
-def subject_of(prefix: str, content: str) -> "Subject":
-    """What ingest decides about: a batch with its content."""
-    from tasks.claims import Subject
-
-    _, dataset, batch = prefix.strip("/").split("/")
-    return Subject(f"ingest/{dataset}", f"{batch}/{content.removeprefix('sha256:')[:16]}")
-
-
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
 def decided(store: Store, prefix: str, content: str, outcome: str, figures: Mapping[str, Any]) -> None:
     """Writes down what became of the batch: repeated events and `sweep` read it."""
-    from tasks.claims import Verdict, write_verdict
+    from tasks.claims import Verdict, batch_subject, write_verdict
     from tasks.runs import this_run
 
-    write_verdict(store, subject_of(prefix, content), Verdict(outcome, this_run(), figures=dict(figures)))
+    write_verdict(store, batch_subject(prefix, content), Verdict(outcome, this_run(), figures=dict(figures)))
 
 
 def final_state(result: "Ingested") -> "State[Ingested | None]":

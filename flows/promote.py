@@ -94,10 +94,10 @@ def reason_to_wait(here: Settings, candidate: "TrainedModel") -> str | None:
 
 def subject_of(candidate: "TrainedModel") -> "Subject":
     """What this deployment decides about: the registered version."""
-    from tasks.claims import Subject
+    from tasks.claims import version_subject
     from tasks.runs import this_stage
 
-    return Subject(this_stage(), f"{candidate.name}/v{candidate.version:08d}")
+    return version_subject(this_stage(), candidate.name, candidate.version)
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)

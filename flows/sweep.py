@@ -9,7 +9,7 @@ Sending an event once too often is harmless: whoever follows it claims its subje
 """
 
 import logging
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
@@ -62,31 +62,31 @@ def sweep(options: SweepOptions = SweepOptions()) -> State[Any]:
 def find_lost_batches(here: Settings, options: SweepOptions) -> "list[Lost]":
     """Complete batches that were neither ingested nor refused."""
     from tasks.followers import read_followers
-    from tasks.lost import BATCH_SEALED, lost_batches, utc_now
+    from tasks.lost import BATCH_SEALED, lost_batches
 
     followers = read_followers(BATCH_SEALED)
     waits = (timedelta(minutes=options.grace_minutes), timedelta(minutes=options.quiet_minutes))
-    return list(lost_batches(here.store, followers, utc_now(), *waits, timedelta(days=options.look_back_days)))
+    return list(lost_batches(here.store, followers, datetime.now(UTC), *waits, timedelta(days=options.look_back_days)))
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
 def find_lost_versions(here: Settings, options: SweepOptions) -> "list[Lost]":
     """Dataset versions that no training decided about."""
     from tasks.followers import read_followers
-    from tasks.lost import VERSION_CREATED, lost_versions, utc_now
+    from tasks.lost import VERSION_CREATED, lost_versions
 
     grace = timedelta(minutes=options.grace_minutes)
-    return list(lost_versions(here.store, read_followers(VERSION_CREATED), utc_now(), grace))
+    return list(lost_versions(here.store, read_followers(VERSION_CREATED), datetime.now(UTC), grace))
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
 def find_lost_models(here: Settings, options: SweepOptions) -> "list[Lost]":
     """Registered versions without a verdict."""
     from tasks.followers import read_followers
-    from tasks.lost import MODEL_REGISTERED, lost_registrations, utc_now
+    from tasks.lost import MODEL_REGISTERED, lost_registrations
 
     followers, grace = read_followers(MODEL_REGISTERED), timedelta(minutes=options.grace_minutes)
-    return list(lost_registrations(here.store, here.mlflow_tracking_uri, followers, utc_now(), grace))
+    return list(lost_registrations(here.store, here.mlflow_tracking_uri, followers, datetime.now(UTC), grace))
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)

@@ -139,10 +139,10 @@ def reason_to_wait(store: Store, version: "DatasetVersion", start: StartRule) ->
 
 def subject_of(version: "DatasetVersion") -> "Subject":
     """What this deployment decides about: the dataset version."""
-    from tasks.claims import Subject
+    from tasks.claims import version_subject
     from tasks.runs import this_stage
 
-    return Subject(this_stage(), f"{version.name}/v{version.version:08d}")
+    return version_subject(this_stage(), version.name, version.version)
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)

@@ -35,6 +35,17 @@ class Subject:
         return f"{self.folder}verdict.json"
 
 
+def batch_subject(prefix: str, content: str) -> Subject:
+    """What ingest decides about: the batch at `incoming/<dataset>/<batch>/`, with its content digest."""
+    _, dataset, batch = prefix.strip("/").split("/")
+    return Subject(f"ingest/{dataset}", f"{batch}/{content.removeprefix('sha256:')[:16]}")
+
+
+def version_subject(stage: str, name: str, version: int) -> Subject:
+    """What training and promotion decide about: a version of a dataset or of a model."""
+    return Subject(stage, f"{name}/v{version:08d}")
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a stage decided about a subject. run: the flow run that did; figures: what others may want to know of it."""

@@ -81,7 +81,7 @@ class Examination:
 
 
 def examine(store: Store, batch: Batch, spool: Path) -> Examination:
-    """Reads and decodes every photograph of the batch once. At most as many are decoded at a time as there are processors."""
+    """Reads and decodes every photograph of the batch once, a few at a time (`read_many`)."""
     cv2.setNumThreads(1)  # each photograph has a thread already: OpenCV's own would only wait for one another
     items = {each.object.key: each for each in batch.items}
     examination = Examination(spool)

@@ -6,12 +6,12 @@ What S3 and MLflow hold is the truth; comparing it with the verdicts finds what 
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from tasks.batch import ANNOTATIONS, INCOMING, MARKER, content_digest
-from tasks.claims import Subject, read_verdict
+from tasks.claims import batch_subject, read_verdict, version_subject
 from tasks.followers import Follower
 from tasks.storage import Store, StoredObject, list_objects
 
@@ -28,7 +28,7 @@ class Lost:
     resource: str
     what: str
     payload: Mapping[str, Any]
-    occasion: str = field(default="")
+    occasion: str
 
 
 def lost_batches(
@@ -46,7 +46,7 @@ def lost_batches(
             if age > look_back or age < (grace if names & {MARKER, ANNOTATIONS} else quiet):
                 continue
             batch, content = prefix.split("/")[2], content_digest(prefix, objects)
-            subject = Subject(f"ingest/{follower.name}", f"{batch}/{content.removeprefix('sha256:')[:16]}")
+            subject = batch_subject(prefix, content)
             if ingested.get(batch) == content or read_verdict(store, subject) or follower.is_at({"prefix": prefix}):
                 continue
             payload = {"dataset": follower.name, "batch": batch, "prefix": prefix}
@@ -71,7 +71,7 @@ def lost_versions(store: Store, followers: Sequence[Follower], now: datetime, gr
         if record is None or now - datetime.fromisoformat(record.created_at) < grace:
             continue
         version = record.version
-        subject = Subject(follower.stage, f"{version.name}/v{version.version:08d}")
+        subject = version_subject(follower.stage, version.name, version.version)
         at = {"dataset": version.name, "dataset_version": version.version}
         if read_verdict(store, subject) is None and not follower.is_at(at):
             payload = {"dataset": version.name, "version": version.version, "digest": version.digest}
@@ -89,7 +89,7 @@ def lost_registrations(
         newest = newest_registration(tracking_uri, follower.name)
         if newest is None or now - newest.at < grace:
             continue
-        subject = Subject(follower.stage, f"{follower.name}/v{newest.version:08d}")
+        subject = version_subject(follower.stage, follower.name, newest.version)
         at = {"model": follower.name, "version": newest.version}
         if read_verdict(store, subject) is None and not follower.is_at(at):
             _, card = load_card(tracking_uri, follower.name, newest.version)
@@ -103,7 +103,3 @@ def send_again(lost: Lost) -> None:
     from tasks.events import emit
 
     emit(lost.event, lost.resource, lost.payload, occasion=f"sweep {lost.occasion}")
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)

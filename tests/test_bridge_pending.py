@@ -79,15 +79,15 @@ def test_a_late_photograph_and_a_newer_empty_marker_seal_again_in_whatever_order
 ) -> None:
     """Written at 10 (marker), 20 (photograph), 30 (the same empty marker); each event is told twice in this order."""
     seals: list[str] = []
-    for now, event in enumerate([*order, *order, *order], 1000):
+    for moment, event in enumerate([*order, *order, *order], 1000):
         found = {
             "marker": lambda at: pending.saw_marker(BATCH, EMPTY, at, 10.0),
             "late": lambda at: pending.saw_object(BATCH, "e", at, 20.0),
             "marker again": lambda at: pending.saw_marker(BATCH, EMPTY, at, 30.0),
-        }[event](float(now))
+        }[event](float(moment))
         if isinstance(found, Pending):
             seals.append(found.seal)
-            pending.published(found, float(now))
+            pending.published(found, float(moment))
     newer_first = order.index("marker again") < order.index("marker")  # it covers the photograph already
     assert seals == ([EMPTY] if newer_first else [EMPTY, f"{EMPTY} 30.000"])
 
