@@ -1,7 +1,7 @@
-"""How good a model is, with exact bounds, and where its operating threshold lies. numpy and scipy only."""
+"""How good a model is, with exact bounds, and where its operating threshold lies. Pure: arrays in, numbers out."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,10 @@ from tasks.decision import DecisionRule, decide, score
 from tasks.recipe import ThresholdRule
 
 Truth = NDArray[np.int64]
-CONFIDENCE = 0.95
+Curve = tuple[str, NDArray[np.float32], NDArray[np.bool_]]
+CONFIDENCE: Final = 0.95
+RELIABILITY_BINS: Final = 15  # those of Guo et al. 2017
+MOST_CURVES: Final = 12  # one each; more classes than that are drawn and counted as one pooled curve
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Evaluation:
     labels: tuple[str, ...]
     figures: Figures
     auc: float
+    average_precision: float
     brier: float
     calibration_error: float
     confusion: tuple[tuple[int, ...], ...]
@@ -63,7 +67,8 @@ class Evaluation:
 def evaluate(probabilities: NDArray[Any], truth: Truth, rule: DecisionRule) -> Evaluation:
     """[N, C] probabilities and [N] true label indices -> the evaluation under the rule.
 
-    auc is that of the defect score, or the mean over classes, each against the rest; nan where a side has no photograph.
+    auc and average_precision are those of the defect score, or the means over the classes that occur, each against the rest;
+    nan where a side has no photograph.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     _check(probabilities, truth, len(rule.labels))
@@ -75,10 +80,11 @@ def evaluate(probabilities: NDArray[Any], truth: Truth, rule: DecisionRule) -> E
         labels=rule.labels,
         figures=figures(truth, decided, rule.defect_mask),
         auc=_auc(probabilities, truth, rule),
+        average_precision=_average_precision(probabilities, truth, rule),
         brier=float(((probabilities - np.eye(len(rule.labels))[truth]) ** 2).sum(axis=1).mean()),
         calibration_error=calibration_error(probabilities, truth),
         confusion=tuple(tuple(int(n) for n in row) for row in confusion),
-        operating=None if rule.threshold is None else _operating_point(truth, decided, rule, rule.threshold),
+        operating=operating_point(truth, decided, rule),
     )
 
 
@@ -118,13 +124,30 @@ def upper_bound(events: int, trials: int, confidence: float = CONFIDENCE) -> flo
     return 1.0 if events == trials else float(beta.ppf(confidence, events + 1, trials - events))
 
 
-def calibration_error(probabilities: NDArray[Any], truth: Truth, bins: int = 15) -> float:
-    """Expected calibration error of the top probability in equal bins (Guo et al. 2017, with their 15 bins)."""
-    confidence = probabilities.max(axis=1)
+@dataclass(frozen=True)
+class Reliability:
+    """The top probability in equal bins: photographs, mean probability and share of right answers of each bin that has any."""
+
+    count: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    right: NDArray[np.float64]
+
+
+def reliability(probabilities: NDArray[Any], truth: Truth, bins: int = RELIABILITY_BINS) -> Reliability:
+    """What a reliability diagram draws (Guo et al. 2017)."""
+    confidence = probabilities.max(axis=1).astype(np.float64)
     right = probabilities.argmax(axis=1) == truth
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(float(np.sum(right[bin_of == b]) - np.sum(confidence[bin_of == b]))) for b in range(bins)]
-    return sum(gaps) / len(truth)
+    count = np.bincount(bin_of, minlength=bins)
+    sums = (np.bincount(bin_of, weights=values, minlength=bins) for values in (confidence, right))
+    mean_confidence, mean_right = (total[count > 0] / count[count > 0] for total in sums)
+    return Reliability(count[count > 0], mean_confidence, mean_right)
+
+
+def calibration_error(probabilities: NDArray[Any], truth: Truth) -> float:
+    """Expected calibration error: how far the bins' right answers are from their probabilities, weighed by photographs."""
+    found = reliability(probabilities, truth)
+    return float(np.average(np.abs(found.right - found.confidence), weights=found.count))
 
 
 def rank_auc(scores: NDArray[Any], positive: NDArray[np.bool_]) -> float:
@@ -138,6 +161,30 @@ def rank_auc(scores: NDArray[Any], positive: NDArray[np.bool_]) -> float:
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
 
+def curves(probabilities: NDArray[Any], truth: Truth, rule: DecisionRule) -> tuple[Curve, ...]:
+    """What ROC and precision-recall are drawn of: the defect score, or each class against the rest; name, scores, positive."""
+    if rule.defect_labels:
+        return (("defect", score(probabilities, rule), rule.defect_mask[truth]),)
+    if len(rule.labels) > MOST_CURVES:
+        pooled = np.eye(len(rule.labels), dtype=bool)[truth]
+        return (("all classes pooled", np.asarray(probabilities, dtype=np.float32).ravel(), pooled.ravel()),)
+    scores = np.asarray(probabilities, dtype=np.float32)
+    return tuple((rule.labels[label], scores[:, label], truth == label) for label in np.unique(truth))
+
+
+def _average_precision(probabilities: NDArray[Any], truth: Truth, rule: DecisionRule) -> float:
+    """Area under the precision-recall curve, summed without interpolation."""
+    from sklearn.metrics import average_precision_score
+
+    if rule.defect_labels:
+        is_defect = rule.defect_mask[truth]
+        if not is_defect.any():
+            return float("nan")
+        return float(average_precision_score(is_defect, score(probabilities, rule)))
+    present = np.unique(truth)
+    return float(np.mean([average_precision_score(truth == label, probabilities[:, label]) for label in present]))
+
+
 def _auc(probabilities: NDArray[Any], truth: Truth, rule: DecisionRule) -> float:
     if rule.defect_labels:
         return rank_auc(score(probabilities, rule), rule.defect_mask[truth])
@@ -145,12 +192,15 @@ def _auc(probabilities: NDArray[Any], truth: Truth, rule: DecisionRule) -> float
     return float(np.mean([rank_auc(probabilities[:, label], truth == label) for label in present]))
 
 
-def _operating_point(truth: Truth, decided: Truth, rule: DecisionRule, threshold: float) -> OperatingPoint:
+def operating_point(truth: Truth, decided: Truth, rule: DecisionRule) -> OperatingPoint | None:
+    """Escapes and over-kill of decided label indices; None for a rule without defects."""
+    if rule.threshold is None:
+        return None
     is_defect, rejected = rule.defect_mask[truth], rule.defect_mask[decided]
     defects, good = int(is_defect.sum()), int((~is_defect).sum())
     escapes, overkills = int((is_defect & ~rejected).sum()), int((~is_defect & rejected).sum())
     return OperatingPoint(
-        threshold=threshold,
+        threshold=rule.threshold,
         defects=defects,
         escapes=escapes,
         escape_rate=escapes / defects if defects else float("nan"),

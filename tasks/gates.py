@@ -6,16 +6,15 @@ comparison with the champion is the exact form of McNemar's test on the same ima
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.decision import DecisionRule
+from tasks.evaluation import CONFIDENCE, upper_bound
 from tasks.parity import Rung
-
-CONFIDENCE: Final = 0.95
 
 
 class Limits(BaseModel):
@@ -96,15 +95,6 @@ def as_markdown(title: str, decision: Decision, figures: Mapping[str, float]) ->
     lines += ["", "| figure | value |", "| --- | --- |"]
     lines += [f"| {name} | {value:.4g} |" for name, value in figures.items()]
     return "\n".join(lines) + "\n"
-
-
-def upper_bound(events: int, trials: int, confidence: float = CONFIDENCE) -> float:
-    """One-sided exact upper bound of a rate. 0 in 20: 0.139; 0 in 60: 0.049; no trials: 1, since nothing is known."""
-    from scipy.stats import beta
-
-    if trials < 1 or events >= trials:
-        return 1.0
-    return float(beta.ppf(confidence, events + 1, trials - events))
 
 
 def probability_of_no_loss(lost: int, won: int) -> float:

@@ -33,14 +33,21 @@ class Classifier(nn.Module):
 
 
 class ImageNetwork(nn.Module):
-    """The served graph: uint8 [N, H, W, 3] -> probabilities float32 [N, C], embedding float32 [N, D]."""
+    """The served graph: uint8 [N, H, W, 3] -> probabilities float32 [N, C], embedding float32 [N, D].
+
+    temperature divides the logits before the softmax (tasks/temperature.py): what is served is calibrated.
+    """
 
     mean: Tensor
     std: Tensor
+    temperature: Tensor
 
-    def __init__(self, classifier: Classifier, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, classifier: Classifier, mean: tuple[float, ...], std: tuple[float, ...], temperature: float = 1.0
+    ) -> None:
         super().__init__()
         self.classifier = classifier
+        self.register_buffer("temperature", torch.tensor(temperature), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255.0, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255.0, persistent=False)
 
@@ -50,7 +57,7 @@ class ImageNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         embedding = self.classifier.embed(self.normalise(image))
-        return torch.softmax(self.classifier.head(embedding), dim=1), embedding
+        return torch.softmax(self.classifier.head(embedding) / self.temperature, dim=1), embedding
 
 
 def require_size(architecture: str, image_size: int) -> None:

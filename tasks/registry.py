@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tasks.model import ImageNetwork
 
 CHAMPION: Final = "champion"
-CARD, WEIGHTS = "model/model.json", "model/weights.safetensors"
+CARD, WEIGHTS, MLMODEL = "model/model.json", "model/weights.safetensors", "model/MLmodel"
 EVALUATION, PROMOTION = "evaluation.json", "promotion.json"
 REFERENCE, STATISTICS = "reference/outputs.npz", "reference/statistics.parquet"
 FLOW_RUN_TAG: Final = "prefect.flow_run_id"
@@ -36,7 +36,10 @@ FLOW_RUN_TAG: Final = "prefect.flow_run_id"
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is needed to use a version: model/model.json of its run, beside model/weights.safetensors."""
+    """What is needed to use a version: model/model.json of its run, beside model/weights.safetensors.
+
+    temperature: what the logits are divided by before the softmax; cards from before it was fitted mean 1.
+    """
 
     architecture: str
     image_size: int
@@ -49,6 +52,7 @@ class ModelCard:
     dataset_digest: str
     commit: str
     seed: int
+    temperature: float = 1.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -101,6 +105,8 @@ def register(
     from mlflow.exceptions import MlflowException
     from safetensors.torch import save
 
+    from tasks.mlflow_model import mlmodel
+
     client = client_of(tracking_uri)
     flow_run_id = client.get_run(run_id).data.tags[FLOW_RUN_TAG]
     earlier = registered_by(tracking_uri, card.dataset, flow_run_id)
@@ -119,6 +125,7 @@ def register(
     log_bytes(client, run_id, statistics.getvalue(), STATISTICS)
     log_bytes(client, run_id, save({name: value.contiguous() for name, value in weights.items()}), WEIGHTS)
     log_bytes(client, run_id, card.to_json().encode(), CARD)
+    log_bytes(client, run_id, mlmodel(card, run_id, reference.embedding.shape[1]).encode(), MLMODEL)
     try:
         client.create_registered_model(card.dataset, description=f"Trained on the dataset {card.dataset}")
     except MlflowException as error:
@@ -135,6 +142,7 @@ def register(
             "dataset_digest": card.dataset_digest,
             "architecture": card.architecture,
             "threshold": str(card.rule.threshold),
+            "temperature": f"{card.temperature:.4g}",
             "commit": card.commit,
             **tags,
         },
@@ -224,12 +232,17 @@ def load_weights(
 
 def load_network(tracking_uri: str, name: str, version: int) -> "ImageNetwork":
     """The version's served graph as a torch module, on the CPU, in evaluation mode."""
+    _, card = load_card(tracking_uri, name, version)
+    return built(card, load_weights(tracking_uri, name, version, card.architecture, card.rule.labels))
+
+
+def built(card: ModelCard, weights: "Mapping[str, Tensor]") -> "ImageNetwork":
+    """The network that the card describes, with the weights in it."""
     from tasks.model import ImageNetwork, build_model
 
-    _, card = load_card(tracking_uri, name, version)
     classifier = build_model(card.architecture, len(card.rule.labels), pretrained=False)
-    classifier.load_state_dict(load_weights(tracking_uri, name, version, card.architecture, card.rule.labels))
-    return ImageNetwork(classifier, card.mean, card.std).eval()
+    classifier.load_state_dict(dict(weights))
+    return ImageNetwork(classifier, card.mean, card.std, card.temperature).eval()
 
 
 def load_reference(tracking_uri: str, name: str, version: int) -> Reference:

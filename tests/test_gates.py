@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.decision import DecisionRule
-from tasks.gates import Evidence, Limits, decide_promotion, probability_of_no_loss, upper_bound
+from tasks.evaluation import upper_bound
+from tasks.gates import Evidence, Limits, decide_promotion, probability_of_no_loss
 from tasks.parity import Rung
 
 RULE = DecisionRule(("defective", "good"), ("defective",), 0.5)
