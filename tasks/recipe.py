@@ -1,13 +1,40 @@
 """What one training run is told: bounded and described, because it is the form in the Prefect UI. Imports pydantic only."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     from tasks.evaluation import Evaluation
 
-Architecture = Literal["tinyvgg", "cnn", "resnet18", "efficientnet_lite0"]
+ZooName = Literal[
+    "mlp",
+    "tinyvgg",
+    "cnn",
+    "vgg11",
+    "vgg16",
+    "resnet18",
+    "resnet50",
+    "efficientnet_lite0",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+]
+ARCHITECTURES: Final[tuple[str, ...]] = get_args(ZooName)
+UNTRAINED: Final = ("mlp", "tinyvgg", "cnn")  # nobody publishes weights for these
+
+
+def known_architecture(name: str) -> str:
+    """The name, where it is one of the zoo or of torchvision's classifiers. ValueError listing them otherwise."""
+    if name not in ARCHITECTURES:
+        # It imports torchvision: only for a name that is none of ours.
+        from tasks.zoo import require_torchvision_classifier
+
+        require_torchvision_classifier(name)
+    return name
+
+
+Architecture = Annotated[ZooName | str, AfterValidator(known_architecture)]
 
 
 class Augmentation(BaseModel):
@@ -18,11 +45,19 @@ class Augmentation(BaseModel):
     flip_horizontal: bool = Field(default=True, description="Mirror left and right")
     flip_vertical: bool = Field(default=False, description="Mirror top and bottom")
     quarter_turns: bool = Field(default=False, description="Turn by 0, 90, 180 or 270 degrees")
+    rotation: float = Field(
+        default=0.0, ge=0, le=180, description="Turn by up to this many degrees, either way, edges repeated"
+    )
     shift: float = Field(default=0.0, ge=0, le=0.25, description="Move by up to this share of the side, edges repeated")
     brightness: float = Field(default=0.1, ge=0, le=0.5, description="Add up to this share of full scale, up or down")
     contrast: float = Field(
         default=0.1, ge=0, le=0.5, description="Stretch the contrast by up to this share, up or down"
     )
+    saturation: float = Field(default=0.0, ge=0, le=1, description="More or less colourful by up to this share")
+    hue: float = Field(
+        default=0.0, ge=0, le=0.5, description="Turn the colours by up to this share of the colour circle, either way"
+    )
+    exposure: float = Field(default=0.0, ge=0, le=2, description="Expose by up to this many stops more or less")
 
 
 class ThresholdRule(BaseModel):
@@ -44,9 +79,11 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    architecture: Architecture = Field(default="efficientnet_lite0", description="Which network of the zoo")
+    architecture: Architecture = Field(
+        default="efficientnet_lite0", description="A network of the zoo, or any torchvision classifier by its name"
+    )
     pretrained: bool = Field(
-        default=True, description="Start from ImageNet weights (not for tinyvgg and cnn, which have none)"
+        default=True, description="Start from ImageNet weights (not for mlp, tinyvgg and cnn, which have none)"
     )
     image_size: int = Field(default=160, ge=16, le=768, description="Side in pixels of the square the network sees")
     defect_labels: tuple[str, ...] = Field(
@@ -62,12 +99,28 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="Peak learning rate")
     head_rate: float = Field(default=1.0, ge=1, le=100, description="The new head learns this many times faster")
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="Weight decay; none on biases and norms")
-    schedule: Literal["one_cycle", "cosine", "constant"] = Field(
+    schedule: Literal["one_cycle", "cosine", "constant", "step", "plateau"] = Field(
         default="one_cycle", description="Learning rate over the run"
+    )
+    rate_factor: float = Field(
+        default=0.1, gt=0, lt=1, description="Schedules step and plateau: each fall of the rate, as a factor"
+    )
+    rate_epochs: int = Field(
+        default=3,
+        ge=1,
+        le=100,
+        description="Schedule step: it falls every so many epochs; plateau: after so many without a better validation loss",
+    )
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="Longest gradient of a step (2-norm over all weights); empty: any length"
     )
     frozen_stages: int = Field(
         default=0, ge=0, le=6, description="First stages of a pretrained network that are not trained"
     )
+    loss: Literal["cross_entropy", "focal"] = Field(
+        default="cross_entropy", description="focal (Lin et al. 2017) counts what is already easy for less"
+    )
+    focal_gamma: float = Field(default=2.0, ge=0, le=10, description="Loss focal: how much less; 0 is cross entropy")
     label_smoothing: float = Field(default=0.05, ge=0, lt=0.5, description="Label smoothing of the training loss")
     class_weights: bool = Field(
         default=True, description="Weigh the loss so that rare classes count as much as common ones"
@@ -76,6 +129,22 @@ class TrainConfig(BaseModel):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="auto times both at the start and takes the faster; name one for bitwise repeatable runs",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Only operations that give the same bits every time: slower on a GPU, where some do not exist",
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile: a minute or more at the start, faster steps for long trainings"
+    )
+    processes: int = Field(
+        default=1, ge=1, le=64, description="Processes that share each batch (torchrun); on GPUs one for each"
+    )
+    checkpoint_minutes: float = Field(
+        default=5.0, gt=0, le=720, description="A checkpoint at least so often, besides the one after each epoch"
+    )
+    resume: bool = Field(
+        default=True, description="Go on where an interrupted training of the same configuration and data stopped"
     )
     seed: int = Field(default=7, ge=0, lt=2**31, description="Seed of weights, order and augmentation")
 
@@ -100,10 +169,19 @@ class TrainConfig(BaseModel):
     )
 
     @model_validator(mode="after")
+    def _shares_are_batches(self) -> "TrainConfig":
+        if self.processes > 1 and self.batch_size < 4 * self.processes:
+            raise ValueError(
+                f"batch_size {self.batch_size} shared by {self.processes} processes leaves fewer than 4 photographs each: "
+                f"at least {4 * self.processes}, or fewer processes"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_exist(self) -> "TrainConfig":
         if self.frozen_stages and not (self.pretrained or self.continue_from):
             raise ValueError(f"frozen_stages={self.frozen_stages} without trained weights would freeze random ones")
-        if self.pretrained and self.architecture in ("tinyvgg", "cnn"):
+        if self.pretrained and self.architecture in UNTRAINED:
             raise ValueError(f"there are no pretrained weights for {self.architecture}: set pretrained to false")
         return self
 
