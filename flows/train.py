@@ -13,7 +13,6 @@ schedule started (it has an `occasion`) trains only when its deployment has not 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
@@ -29,27 +28,16 @@ from tasks.start import StartRule
 from tasks.storage import NETWORK_RETRY, Store
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    import pyarrow as pa
 
     from tasks.claims import Subject
     from tasks.dataset import DatasetVersion
-    from tasks.decision import DecisionRule
-    from tasks.evaluation import Evaluation
+    from tasks.judgement import Finding, Judged
     from tasks.registry import TrainedModel
     from tasks.samples import Samples
     from tasks.training import Trained
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The operating rule and what the validation split says under it; outputs: its `probabilities` and `embedding`."""
-
-    rule: "DecisionRule"
-    validation: "Evaluation"
-    outputs: "dict[str, NDArray[np.float32]]"
 
 
 @flow(name="train", flow_run_name="train {dataset}")
@@ -78,15 +66,15 @@ def train(
         training, validation = (load(here.store, version, split, config) for split in ("train", "val"))
         with mlflow_run(here, version, config) as run_id:
             trained = fit(here, run_id, version, training, validation, config)
-            judged = judge(trained, validation, version, config)
-            reasons = below_minimum(judged.validation, config)
-            test = None if reasons else final_test(here.store, version, trained, judged, config)
-            publish_report(here, run_id, version, trained, judged, test, reasons, config)
+            judged = judge(here.store, trained, validation, version, config)
+            reasons = below_minimum(judged.validation.evaluation, config)
+            test = None if reasons else final_test(here.store, version, judged, config)
+            publish_report(here, run_id, version, trained, judged, validation, test, reasons, config)
             if reasons:
                 close(here, run_id, reasons)
                 decided(here.store, version, "below minimum", {"reasons": list(reasons)})
                 return Completed(name="BelowMinimum", message=f"{dataset} v{version.version}: {'; '.join(reasons)}")
-            model = register_model(here, run_id, version, trained, judged, validation, config)
+            model = register_model(here, run_id, version, judged, validation, config)
     decided(here.store, version, "registered", {"model_version": model.version})
     announce(model, version)
     return Completed(message=f"{model.name} v{model.version} from {dataset} v{version.version}", data=model)
@@ -202,35 +190,37 @@ def fit(
     return train(training, validation, version.classes, config, report, weights)
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
-def judge(trained: "Trained", validation: "Samples", version: "DatasetVersion", config: TrainConfig) -> Judged:
-    """The operating threshold, chosen on the validation split, and that split's evaluation under it."""
-    from tasks.decision import DecisionRule, score
-    from tasks.evaluation import choose_threshold, evaluate
-    from tasks.training import predict
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
+def judge(
+    store: Store, trained: "Trained", validation: "Samples", version: "DatasetVersion", config: TrainConfig
+) -> "Judged":
+    """Temperature and operating threshold, chosen on the validation split, and that split's figures under both."""
+    from tasks.judgement import judge_validation
 
-    outputs = predict(trained.network, validation.images)
-    rule = DecisionRule(version.classes)
-    if config.defect_labels:
-        half = DecisionRule(version.classes, config.defect_labels, 0.5)
-        scores, is_defect = score(outputs["probabilities"], half), half.defect_mask[validation.labels]
-        threshold = choose_threshold(scores, is_defect, config.threshold)
-        rule = DecisionRule(version.classes, config.defect_labels, threshold)
-    return Judged(rule, evaluate(outputs["probabilities"], validation.labels, rule), outputs)
+    rows = rows_without_photographs(store, version, "val")
+    return judge_validation(trained.network, validation, rows, version.classes, config)
 
 
-def final_test(
-    store: Store, version: "DatasetVersion", trained: "Trained", judged: Judged, config: TrainConfig
-) -> "Evaluation | None":
-    """The one look at the test split, after weights and threshold are final; None when the version has none."""
-    from tasks.evaluation import evaluate
-    from tasks.training import predict
+def final_test(store: Store, version: "DatasetVersion", judged: "Judged", config: TrainConfig) -> "Finding | None":
+    """The one look at the test split, after weights, temperature and threshold are final; None when the version has none."""
+    from tasks.judgement import judge_test
 
     if not version.splits.get("test"):
         log.warning("%s v%d has no test split: promotion will lack evidence", version.name, version.version)
         return None
     test = load(store, version, "test", config)
-    return evaluate(predict(trained.network, test.images)["probabilities"], test.labels, judged.rule)
+    return judge_test(judged, test, rows_without_photographs(store, version, "test"))
+
+
+def rows_without_photographs(store: Store, version: "DatasetVersion", split: str) -> "pa.Table":
+    """Every column of the split's rows but the photograph."""
+    import pyarrow as pa
+
+    from tasks.dataset import read_rows
+    from tasks.dataset_rows import SCHEMA
+
+    columns = [name for name in SCHEMA.names if name != "image"]
+    return pa.Table.from_batches(list(read_rows(store, version, [split], columns)))
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
@@ -239,28 +229,27 @@ def publish_report(
     run_id: str,
     version: "DatasetVersion",
     trained: "Trained",
-    judged: Judged,
-    test: "Evaluation | None",
+    judged: "Judged",
+    validation: "Samples",
+    test: "Finding | None",
     reasons: tuple[str, ...],
     config: TrainConfig,
 ) -> None:
-    """The figures to MLflow, the page with table and curves to the Prefect UI."""
+    """Figures, tables, curves and heat maps to MLflow; the page with all of it to the Prefect UI."""
+    from tasks.explanation import explain
+    from tasks.registry import run_page
     from tasks.tracking import log_outcome
-    from tasks.training_report import outcome, page, picture, summary_metrics
+    from tasks.training_report import Outcome, page, pictures
 
-    png = picture(trained.epochs, trained.best_epoch, judged.validation)
-    log_outcome(
-        here.mlflow_tracking_uri,
-        run_id,
-        summary_metrics(trained, judged.validation, test),
-        outcome(trained, judged.validation, test, reasons),
-        png,
-    )
     title = f"{version.name} on dataset version {version.version}"
+    heat = explain(judged.network, validation.images, judged.validation)
+    outcome = Outcome(title, config, trained, judged, test, reasons, heat)
+    drawn = pictures(outcome)
+    log_outcome(here.mlflow_tracking_uri, run_id, outcome, drawn)
     create_markdown_artifact(
-        page(title, config, trained, judged.validation, test, reasons, png),
+        page(outcome, drawn, run_page(here.mlflow_tracking_uri, run_id)),
         key=f"training-{_key(version.name)}",
-        description=f"{title}: validation accuracy {judged.validation.figures.accuracy:.4f}",
+        description=f"{title}: validation accuracy {judged.validation.evaluation.figures.accuracy:.4f}",
     )
 
 
@@ -277,16 +266,11 @@ def register_model(
     here: Settings,
     run_id: str,
     version: "DatasetVersion",
-    trained: "Trained",
-    judged: Judged,
+    judged: "Judged",
     validation: "Samples",
     config: TrainConfig,
 ) -> "TrainedModel":
     """Weights, card and drift reference into the run, then the version; a repetition finds it made."""
-    import pyarrow as pa
-
-    from tasks.dataset import read_rows
-    from tasks.dataset_rows import SCHEMA
     from tasks.images import CURRENT
     from tasks.model import normalisation
     from tasks.passport import commit
@@ -305,22 +289,21 @@ def register_model(
         dataset_digest=version.digest,
         commit=commit(),
         seed=config.seed,
+        temperature=judged.calibration.temperature,
     )
-    columns = [name for name in SCHEMA.names if name != "image"]
-    rows = pa.Table.from_batches(list(read_rows(here.store, version, ["val"], columns)))
     reference = Reference(
         embedding=judged.outputs["embedding"],
         probabilities=judged.outputs["probabilities"],
         labels=validation.labels,
         sha256=validation.sha256,
-        statistics=rows,
+        statistics=judged.rows,
     )
-    found = judged.validation.figures
+    found = judged.validation.evaluation.figures
     tags = {
         "recipe": f"train/{version.name}",
         "quality": f"validation accuracy {found.accuracy:.4f}, balanced {found.balanced_accuracy:.4f}",
     }
-    return register(here.mlflow_tracking_uri, run_id, card, trained.network.classifier.state_dict(), reference, tags)
+    return register(here.mlflow_tracking_uri, run_id, card, judged.network.classifier.state_dict(), reference, tags)
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)

@@ -1,18 +1,22 @@
 """One MLflow run of training: what went in, how it went epoch by epoch, what came out. The versions are in registry.py."""
 
 import json
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tasks.passport import commit, passport
 from tasks.recipe import TrainConfig
-from tasks.registry import EVALUATION, FLOW_RUN_TAG, client_of, log_bytes, log_metrics
+from tasks.registry import EVALUATION, FLOW_RUN_TAG, client_of, log_metrics
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from tasks.dataset import DatasetVersion
     from tasks.training import Epoch
+    from tasks.training_report import Outcome
 
 _DIGEST_LENGTH: Final = 36  # of the column in MLflow's database; the whole digest stands in the source and the tags
 
@@ -64,6 +68,11 @@ def open_run(
 
 def log_epoch(tracking_uri: str, run_id: str, epoch: "Epoch") -> None:
     """Loss, Accuracy, Precision, Recall and F1_Score of both splits, and the learning rate, as series over the epochs."""
+    log_metrics(client_of(tracking_uri), run_id, series_of(epoch), epoch.number)
+
+
+def series_of(epoch: "Epoch") -> dict[str, float]:
+    """What one epoch adds to the metric series, in MLflow and in the TensorBoard log."""
     values = {"learning_rate": epoch.learning_rate, "epoch_end_seconds": epoch.seconds}
     for split, loss, found in (
         ("train", epoch.train_loss, epoch.train),
@@ -77,17 +86,38 @@ def log_epoch(tracking_uri: str, run_id: str, epoch: "Epoch") -> None:
             f"{split}/Recall": found.recall,
             f"{split}/F1_Score": found.f1,
         }
-    log_metrics(client_of(tracking_uri), run_id, values, epoch.number)
+    return values
 
 
-def log_outcome(
-    tracking_uri: str, run_id: str, metrics: Mapping[str, float], outcome: Mapping[str, Any], figure: bytes
-) -> None:
-    """The final figures as metrics, everything that was found as evaluation.json, and the picture of it."""
+def log_outcome(tracking_uri: str, run_id: str, outcome: "Outcome", drawn: Mapping[str, bytes]) -> None:
+    """The final figures as metrics and in the run's description, everything that was found as evaluation.json, the pictures,
+    the tables and the TensorBoard log as artifacts.
+    """
+    from tasks.training_report import as_dict, files, note, summary_metrics
+
     client = client_of(tracking_uri)
-    log_metrics(client, run_id, metrics)
-    client.log_dict(run_id, dict(outcome), EVALUATION)
-    log_bytes(client, run_id, figure, "evaluation.png")
+    link = client.get_run(run_id).data.tags.get("mlflow.note.content", "").split("\n", 1)[0]
+    log_metrics(client, run_id, summary_metrics(outcome))
+    client.log_dict(run_id, as_dict(outcome), EVALUATION)
+    with tempfile.TemporaryDirectory(prefix="tirewatch-") as folder:
+        for path, data in files(outcome, drawn).items():
+            local = Path(folder) / path
+            local.parent.mkdir(parents=True, exist_ok=True)
+            local.write_bytes(data)
+        write_tensorboard(Path(folder) / "tensorboard", outcome.trained.epochs)
+        client.log_artifacts(run_id, folder)
+    client.set_tag(run_id, "mlflow.note.content", f"{link}\n\n{note(outcome)}")
+
+
+def write_tensorboard(folder: Path, epochs: Sequence["Epoch"]) -> None:
+    """The series over all epochs, those before a resumption too, as one event file; times are those of the epochs' ends."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    began = time.time() - (epochs[-1].seconds if epochs else 0.0)
+    with SummaryWriter(str(folder)) as writer:
+        for epoch in epochs:
+            for name, value in series_of(epoch).items():
+                writer.add_scalar(name, value, epoch.number, began + epoch.seconds)
 
 
 def close_run(tracking_uri: str, run_id: str, status: str, reasons: tuple[str, ...] = ()) -> None:

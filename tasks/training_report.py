@@ -1,84 +1,103 @@
-"""What a training run found, for people: one picture and one page. Pure: values in, bytes and text out."""
+"""What a training run found, for people and programs: its page, pictures and tables. Pure: values in, text and bytes out."""
 
-import io
+import math
 from base64 import b64encode
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from tasks.evaluation import Evaluation
-from tasks.recipe import TrainConfig
+from tasks.slices import Slice, as_csv, class_figures, weak
 
 if TYPE_CHECKING:
-    from tasks.training import Epoch, Trained
+    from tasks.judgement import Finding, Judged
+    from tasks.recipe import TrainConfig
+    from tasks.training import Trained
+
+WEAKEST_SHOWN: Final = 8
+CLASSES_SHOWN: Final = 30
 
 
-def picture(epochs: Sequence["Epoch"], best_epoch: int, validation: Evaluation) -> bytes:
-    """Loss and accuracy over the epochs and the confusion matrix of the validation split, as one PNG."""
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class Outcome:
+    """All that a training run ends with. test: None without a test split, or when the model is not registered.
 
-    figure = Figure(figsize=(9, 2.8), dpi=80, layout="constrained")
-    losses, accuracies, confusion = figure.subplots(1, 3)
-    numbers = [epoch.number for epoch in epochs]
-    for axes, title, train, val in (
-        (losses, "loss", [e.train_loss for e in epochs], [e.validation_loss for e in epochs]),
-        (accuracies, "accuracy", [e.train.accuracy for e in epochs], [e.validation.accuracy for e in epochs]),
-    ):
-        axes.plot(numbers, train, marker=".", label="train")
-        axes.plot(numbers, val, marker=".", label="val")
-        axes.axvline(best_epoch, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize="small")
-    _draw_confusion(confusion, validation)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    explanation: PNG of the heat maps, or why there is none.
+    """
 
+    title: str
+    config: "TrainConfig"
+    trained: "Trained"
+    judged: "Judged"
+    test: "Finding | None"
+    reasons: tuple[str, ...]
+    explanation: bytes | str
 
-def _draw_confusion(axes: Any, validation: Evaluation) -> None:
-    axes.imshow(validation.confusion, cmap="Blues")
-    axes.set(title="val: true row, decided column")
-    ticks = range(len(validation.labels))
-    names = [label[:10] for label in validation.labels]
-    axes.set_xticks(ticks, names, fontsize="x-small", rotation=30)
-    axes.set_yticks(ticks, names, fontsize="x-small")
-    largest = max(max(row) for row in validation.confusion)
-    for row, counts in enumerate(validation.confusion):
-        for column, count in enumerate(counts):
-            color = "white" if count > largest / 2 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize="small")
+    @property
+    def findings(self) -> tuple["Finding", ...]:
+        return (self.judged.validation,) + ((self.test,) if self.test else ())
+
+    @property
+    def honest(self) -> "Finding":
+        """The split that nothing was chosen on, where there is one."""
+        return self.findings[-1]
 
 
-def page(
-    title: str,
-    config: TrainConfig,
-    trained: "Trained",
-    validation: Evaluation,
-    test: Evaluation | None,
-    reasons: Sequence[str],
-    png: bytes,
-) -> str:
+def pictures(outcome: Outcome) -> dict[str, bytes]:
+    """PNG by name: what the page shows (learning_curves, overview, explanation), then each drawing of each split."""
+    from tasks.figures import learning_curves, overview, single
+
+    shown = {
+        "learning_curves": learning_curves(outcome.trained.epochs, outcome.trained.best_epoch),
+        "overview": overview(outcome.honest),
+    }
+    if isinstance(outcome.explanation, bytes):
+        shown["explanation"] = outcome.explanation
+    each = {f"{name}_{found.split}": png for found in outcome.findings for name, png in single(found).items()}
+    return shown | each
+
+
+def files(outcome: Outcome, drawn: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What goes to MLflow, by path: pictures under figures/, a table of classes and one of slices for each split."""
+    tables = {}
+    for found in outcome.findings:
+        tables[f"tables/classes_{found.split}.csv"] = as_csv(_classes(found.evaluation))
+        tables[f"tables/slices_{found.split}.csv"] = as_csv(found.slices)
+    return {f"figures/{name}.png": png for name, png in drawn.items()} | tables
+
+
+def page(outcome: Outcome, drawn: Mapping[str, bytes], mlflow_page: str) -> str:
     """The Markdown artifact of the run's page in the Prefect UI."""
-    verdict = "Not registered: " + "; ".join(reasons) if reasons else "Reached the minimum quality."
-    columns = [("validation", validation)] + ([("test", test)] if test else [])
-    lines = [
-        f"# {title}",
-        verdict,
-        "",
-        f"{config.architecture}, {config.image_size} px, {trained.precision} on {trained.device}: best of "
+    judged, trained = outcome.judged, outcome.trained
+    parts = [
+        f"# {outcome.title}",
+        _verdict(outcome),
+        f"{outcome.config.architecture}, {outcome.config.image_size} px, {trained.precision} on {trained.device}: best of "
         f"{len(trained.epochs)} epochs was number {trained.best_epoch}, in {trained.seconds:.0f} s; stopped because: "
-        f"{trained.stopped}.",
-        "",
-        "| | " + " | ".join(f"{name} ({found.count})" for name, found in columns) + " |",
-        "|---|" + "---|" * len(columns),
-        *_rows([found for _, found in columns]),
-        "",
-        f"![training curve](data:image/png;base64,{b64encode(png).decode()})",
+        f"{trained.stopped}. [All figures, tables and pictures in MLflow]({mlflow_page})",
+        _figures_table(outcome.findings),
+        _calibration(judged),
+        _picture("overview", drawn["overview"]),
+        "## Learning curves",
+        _picture("learning curves", drawn["learning_curves"]),
+        f"## Classes, {outcome.honest.split} split",
+        _class_table(outcome.honest),
+        f"## Where it is weak, {outcome.honest.split} split",
+        _weak_table(outcome.honest.slices),
+        "## What it looked at, validation split",
+        *_explanation(outcome.explanation),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
-def _rows(found: Sequence[Evaluation]) -> list[str]:
+def _verdict(outcome: Outcome) -> str:
+    if outcome.reasons:
+        return f"**Not registered:** {'; '.join(outcome.reasons)}."
+    return "Reached the minimum quality."
+
+
+def _figures_table(findings: Sequence["Finding"]) -> str:
+    found = [each.evaluation for each in findings]
     rows: dict[str, list[str]] = {
         "accuracy": [f"{each.figures.accuracy:.4f}" for each in found],
         "balanced accuracy": [f"{each.figures.balanced_accuracy:.4f}" for each in found],
@@ -86,56 +105,168 @@ def _rows(found: Sequence[Evaluation]) -> list[str]:
         "recall": [f"{each.figures.recall:.4f}" for each in found],
         "F1": [f"{each.figures.f1:.4f}" for each in found],
         "AUC": [f"{each.auc:.4f}" for each in found],
+        "average precision": [f"{each.average_precision:.4f}" for each in found],
         "Brier": [f"{each.brier:.4f}" for each in found],
         "calibration error": [f"{each.calibration_error:.4f}" for each in found],
+        "calibration error at temperature 1": [f"{each.uncalibrated_error:.4f}" for each in findings],
     }
     points = [each.operating for each in found if each.operating is not None]
     if points:
         rows["threshold"] = [f"{point.threshold:.4f}" for point in points]
         rows["escapes"] = [_rate(point.escapes, point.defects, point.escape_upper) for point in points]
         rows["over-kill"] = [_rate(point.overkills, point.good, point.overkill_upper) for point in points]
-    return [f"| {name} | {' | '.join(values)} |" for name, values in rows.items()]
+    head = ("", *(f"{each.split} ({each.evaluation.count})" for each in findings))
+    return _table(head, ((name, *values) for name, values in rows.items()))
+
+
+def _calibration(judged: "Judged") -> str:
+    found = judged.calibration
+    if found.temperature == 1.0:
+        return "Temperature 1: no other fits the validation split better; scores are served as the network gave them."
+    direction = "too sure of itself" if found.temperature > 1 else "less sure than it may be"
+    return (
+        f"The network was {direction}: its logits are divided by the temperature {found.temperature:.3f} before the softmax "
+        f"(negative log-likelihood of the validation split {found.nll_before:.4f} -> {found.nll_after:.4f}). The threshold "
+        "is one on these calibrated scores."
+    )
+
+
+def _class_table(finding: "Finding") -> str:
+    rows = sorted(_classes(finding.evaluation), key=lambda each: each.recall if each.count else 2.0)
+    lines = [
+        (
+            *(each.label, str(each.count), str(each.decided), _number(each.precision)),
+            *(f"{_number(each.recall)} (at least {each.recall_lower:.4f})", _number(each.f1)),
+        )
+        for each in rows[:CLASSES_SHOWN]
+    ]
+    left = len(rows) - len(lines)
+    told = f"\n\n{left} more are in `tables/classes_{finding.split}.csv` of the MLflow run." if left else ""
+    return _table(("class", "photographs", "decided", "precision", "recall", "F1"), lines) + told
+
+
+def _classes(evaluation: Evaluation) -> Any:
+    return class_figures(evaluation.confusion, evaluation.labels)
+
+
+def _weak_table(found: Sequence[Slice]) -> str:
+    """The parts that are worse beyond chance; without one, the least accurate ones, and that this may be chance."""
+    if not found:
+        return "Nothing tells the photographs apart: one class, one line, one batch."
+    surely = weak(found)
+    named = [each for each in found if each.column != "label"] or list(found)
+    shown = surely or sorted(named, key=lambda each: each.accuracy)
+    lines = [
+        (
+            *(f"{each.column}: {each.value}", f"{each.errors} of {each.count}"),
+            *(f"{each.accuracy:.4f} (at least {each.accuracy_lower:.4f})", _escapes(each), f"{each.chance:.2g}"),
+        )
+        for each in shown[:WEAKEST_SHOWN]
+    ]
+    told = (
+        f"{len(surely)} of {len(found)} parts have more errors than chance explains."
+        if surely
+        else f"None of {len(found)} parts has more errors than chance explains; these have the lowest accuracy."
+    )
+    return f"{told}\n\n{_table(('part', 'errors', 'accuracy', 'escapes', 'chance'), lines)}"
+
+
+def _escapes(part: Slice) -> str:
+    point = part.operating
+    return _rate(point.escapes, point.defects, point.escape_upper) if point and point.defects else ""
+
+
+def _explanation(explanation: bytes | str) -> list[str]:
+    if isinstance(explanation, str):
+        return [explanation]
+    told = (
+        "Grad-CAM: red is what spoke most for the decision. Heat beside the part is a reason to look at the photographs, for "
+        "the network may have learned the background; heat on the part proves nothing."
+    )
+    return [told, _picture("heat maps", explanation)]
 
 
 def _rate(events: int, trials: int, upper: float) -> str:
     return f"{events} of {trials} (at most {upper:.1%})"
 
 
-def summary_metrics(trained: "Trained", validation: Evaluation, test: Evaluation | None) -> dict[str, float]:
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
+
+
+def _picture(name: str, png: bytes) -> str:
+    return f"![{name}](data:image/png;base64,{b64encode(png).decode()})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    shown = [head, ["---"] * len(head), *([_escaped(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in shown)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def summary_metrics(outcome: Outcome) -> dict[str, float]:
     """The final figures under the names that other flows and the demo read: test_accuracy, val_auc, train_seconds, ..."""
-    splits = {"val": validation} | ({"test": test} if test else {})
+    trained, calibration = outcome.trained, outcome.judged.calibration
     run = {
         "train_seconds": trained.seconds,
         "train_cpu_seconds": trained.cpu_seconds,
         "best_epoch": float(trained.best_epoch),
+        "temperature": calibration.temperature,
+        "val_nll": calibration.nll_after,
+        "val_nll_uncalibrated": calibration.nll_before,
     }
-    return run | {f"{name}_{key}": value for name, found in splits.items() for key, value in _metrics(found).items()}
+    names = {"validation": "val"}
+    for found in outcome.findings:
+        prefix = names.get(found.split, found.split)
+        run |= {f"{prefix}_{key}": value for key, value in _metrics(found).items()}
+    return run
 
 
-def _metrics(found: Evaluation) -> dict[str, float]:
+def _metrics(found: "Finding") -> dict[str, float]:
+    evaluation = found.evaluation
     metrics = {
-        **vars(found.figures),
-        "auc": found.auc,
-        "brier": found.brier,
-        "calibration_error": found.calibration_error,
+        **vars(evaluation.figures),
+        "auc": evaluation.auc,
+        "average_precision": evaluation.average_precision,
+        "brier": evaluation.brier,
+        "calibration_error": evaluation.calibration_error,
+        "calibration_error_uncalibrated": found.uncalibrated_error,
     }
-    if found.operating is not None:
+    if evaluation.operating is not None:
         wanted = ("threshold", "escape_rate", "escape_upper", "overkill_rate", "overkill_upper")
-        metrics |= {name: getattr(found.operating, name) for name in wanted}
+        metrics |= {name: getattr(evaluation.operating, name) for name in wanted}
     return metrics
 
 
-def outcome(
-    trained: "Trained", validation: Evaluation, test: Evaluation | None, reasons: Sequence[str]
-) -> dict[str, Any]:
+def as_dict(outcome: Outcome) -> dict[str, Any]:
     """evaluation.json: everything that was found, for programs."""
+    trained = outcome.trained
     return {
         "stopped": trained.stopped,
         "best_epoch": trained.best_epoch,
         "epochs": len(trained.epochs),
         "precision": trained.precision,
         "device": trained.device,
-        "not_registered": list(reasons),
-        "validation": validation.as_dict(),
-        "test": test.as_dict() if test else None,
+        "not_registered": list(outcome.reasons),
+        "calibration": asdict(outcome.judged.calibration),
+        "statistics_thirds": dict(outcome.judged.edges),
+        "validation": _found(outcome.judged.validation),
+        "test": _found(outcome.test) if outcome.test else None,
     }
+
+
+def _found(finding: "Finding") -> dict[str, Any]:
+    return {
+        **finding.evaluation.as_dict(),
+        "uncalibrated_error": finding.uncalibrated_error,
+        "classes": [asdict(each) for each in _classes(finding.evaluation)],
+        "slices": [asdict(each) for each in finding.slices],
+    }
+
+
+def note(outcome: Outcome) -> str:
+    """The description of the MLflow run: the verdict, the figures, the temperature."""
+    return "\n\n".join([_verdict(outcome), _figures_table(outcome.findings), _calibration(outcome.judged)])

@@ -105,7 +105,8 @@ def test_the_run_holds_parameters_series_passport_and_the_final_figures(here, tr
         registry.run_metrics(here.mlflow_tracking_uri, run_id)
     )
     names = {entry.path for entry in client.list_artifacts(run_id)}
-    assert {"evaluation.json", "evaluation.png", "passport.json", "model", "reference"} <= names
+    wanted = {"evaluation.json", "figures", "tables", "tensorboard", "passport.json", "model", "reference"}
+    assert wanted <= names
 
 
 def test_the_dataset_is_an_input_of_the_run_and_its_whole_digest_is_told(here, plates, trained):
