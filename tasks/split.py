@@ -1,9 +1,11 @@
 """In which split each photograph of a batch goes: given splits are honoured, rows never move, every class keeps its shares."""
 
 import hashlib
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from tasks.batch import SPLITS
@@ -27,42 +29,62 @@ def assigned(
 ) -> "Iterator[tuple[Photograph, str]]":
     """Each photograph with its split.
 
-    Given splits are honoured. The others go group by group, in the order of a seeded hash of the group, each to the split
-    that is furthest below its share of the group's class: shares hold in every class even where there are few photographs,
-    and no row that is already stored ever moves.
+    Given splits are honoured, and a group that the dataset holds stays where it is. The other groups of a class are laid on
+    a line in the order of a seeded hash, and the line is cut at the shares: each share holds in every class to less than
+    one group. That asks nothing of the rows that are stored, so batches give the same splits in whatever order they come.
     """
     shares = {"train": 1.0 - rule.val - rule.test, "val": rule.val, "test": rule.test}
     carving = {split: share for split, share in shares.items() if split in carved}
     carving["train"] = 1.0 - sum(carving.values())
     home = dict(known.groups)
-    for each in photographs:
-        if each.item.split and not (each.item.split == "train" and carved):
-            home.setdefault(each.group, each.item.split)
-    rows = Counter(known.rows)
     members: dict[str, list[Photograph]] = defaultdict(list)
     for each in photographs:
         members[each.group].append(each)
-        if each.group in home and each.group not in known.groups:
-            rows[each.item.label, home[each.group]] += 1
+        if each.item.split and not (each.item.split == "train" and carved):
+            home.setdefault(each.group, each.item.split)
+    given = Counter(
+        (each.item.label, home[each.group])
+        for each in photographs
+        if each.group in home and each.group not in known.groups
+    )
 
     def order(group: str) -> bytes:
         return hashlib.sha256(f"{rule.seed}\0{dataset}\0{group}".encode()).digest()
 
-    for group in sorted(members, key=order):
+    lines: dict[tuple[str, bool], list[str]] = defaultdict(list)
+    for group in sorted(members.keys() - home.keys(), key=order):
         some = members[group]
-        label = min(each.item.label for each in some)
-        if group not in home:
-            wanted = carving if any(each.item.split for each in some) else shares
-            home[group] = _furthest_below(wanted, {split: rows[label, split] for split in SPLITS}, len(some))
-            rows[label, home[group]] += len(some)
+        lines[min(each.item.label for each in some), any(each.item.split for each in some)].append(group)
+    for (label, is_given), groups in lines.items():
+        wanted = carving if is_given else shares
+        sizes = [len(members[group]) for group in groups]
+        there = {split: given[label, split] for split in wanted}
+        home |= zip(groups, _cut(sizes, wanted, there, _fraction(order(groups[0]))), strict=True)
+    for group, some in members.items():
         yield from ((each, home[group]) for each in some)
 
 
-def _furthest_below(shares: dict[str, float], rows: dict[str, int], coming: int) -> str:
-    """The split with the greatest shortfall once `coming` more rows are there; train first where two are equal."""
-    total = sum(rows[split] for split in shares) + coming
-    wanted = [split for split in SPLITS if shares.get(split, 0.0) > 0.0]
-    return max(wanted, key=lambda split: shares[split] * total - rows[split])
+def _cut(sizes: Sequence[int], shares: dict[str, float], there: dict[str, int], phase: float) -> Iterator[str]:
+    """The split of each group on the line: train lies in the middle, val and test at the ends.
+
+    sizes: rows of each group. there: rows of the class whose split is given. A group belongs where the point `phase` of its
+    length falls (systematic sampling): 0 <= phase < 1, drawn for each batch, so that a share is right on average even where
+    batches are too small to hold it (one photograph each, say).
+    """
+    total = sum(sizes) + sum(there.values())
+    missing = {split: max(0.0, share * total - there[split]) for split, share in shares.items()}
+    line = [split for split in ("val", "train", "test") if missing.get(split)]
+    scale = sum(sizes) / sum(missing.values())
+    ends = list(accumulate(missing[split] * scale for split in line))
+    begin = 0
+    for size in sizes:
+        yield line[min(bisect_right(ends, begin + phase * size), len(line) - 1)]
+        begin += size
+
+
+def _fraction(digest: bytes) -> float:
+    """A number from 0 up to 1 that the digest does not otherwise show: it was the smallest of its batch."""
+    return int.from_bytes(hashlib.sha256(digest).digest()[:6], "big") / 2**48
 
 
 def carved_splits(photographs: "Sequence[Photograph]", known: "Known") -> tuple[str, ...]:

@@ -135,6 +135,38 @@ def test_the_split_does_not_depend_on_the_order_of_the_files_but_on_the_seed(dec
     assert splits(decide(*photographs, split=SplitRule(seed=1))) != forth
 
 
+def test_batches_give_the_same_splits_in_whatever_order_they_come(decide: Callable[..., Plan]) -> None:
+    batches = [[photo(f"{batch}-{n}.jpg", label="bad" if n % 3 else "good") for n in range(7)] for batch in range(12)]
+
+    def one_after_the_other(order: list[list[Photograph]]) -> dict[str, str]:
+        stored: dict[str, str] = {}
+        rows: Counter[tuple[str, str]] = Counter()
+        for batch in order:
+            planned = decide(*batch, known=Known(classes=("bad", "good"), rows=rows))
+            stored |= splits(planned)
+            rows.update((photograph.item.label, split) for photograph, split in planned.rows)
+        return stored
+
+    assert one_after_the_other(batches) == one_after_the_other(batches[::-1])
+
+
+@pytest.mark.parametrize(
+    ("batches", "each", "group"), [(600, 1, 1), (200, 3, 1), (60, 10, 1), (100, 6, 6), (50, 12, 4)]
+)
+def test_the_shares_hold_over_many_small_batches(
+    decide: Callable[..., Plan], batches: int, each: int, group: int
+) -> None:
+    """A batch of one photograph, or of one tire, cannot hold 15 %; all of them together do, within three deviations."""
+    counts: Counter[str] = Counter()
+    for batch in range(batches):
+        some = [photo(f"{batch}-{n}.jpg", group=f"{batch}-{n // group}") for n in range(each)]
+        counts.update(splits(decide(*some)).values())
+    groups = batches * each / group
+    for split, share in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
+        deviation = (share * (1 - share) / groups) ** 0.5
+        assert counts[split] / (batches * each) == pytest.approx(share, abs=3 * deviation), split
+
+
 def test_missing_held_out_splits_are_carved_out_of_the_given_train_rows(decide: Callable[..., Plan]) -> None:
     given_rows = [photo(f"t{n}.jpg", split="train") for n in range(100)] + [
         photo(f"v{n}.jpg", split="val") for n in range(9)
@@ -251,5 +283,5 @@ def test_the_faults_of_real_tire_photographs_are_found(store: Store, shared_data
     assert planned.carved == ("test",)
     counts = Counter(split for _, split in planned.rows)
     assert counts["train"] + counts["val"] + counts["test"] == 1123 - 9
-    assert counts["test"] == round(0.15 * (counts["train"] + counts["test"]))
+    assert abs(counts["test"] - 0.15 * (counts["train"] + counts["test"])) < 2, "less than one for each class"
     assert all(split == "val" for photograph, split in planned.rows if photograph.item.name.startswith("val/"))
