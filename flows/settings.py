@@ -2,13 +2,16 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks.serving import TritonAddress
 from tasks.storage import Store
+
+if TYPE_CHECKING:
+    from tasks.sample_cache import Cache
 
 
 class Settings(BaseSettings):
@@ -41,6 +44,19 @@ class Settings(BaseSettings):
     cpu_accelerator: Literal["openvino", "onnxruntime"] = Field(
         "openvino", description="What runs the ONNX network where there is no GPU"
     )
+    cache_dir: Path = Field(
+        Path(".tirewatch/cache"),
+        description="Local directory of decoded photographs, shared by every run on the machine",
+    )
+    cache_gb: float = Field(
+        10.0, ge=0, description="What they may take there; the least recently used make room. 0: every run decodes anew"
+    )
+
+    @property
+    def cache(self) -> "Cache":
+        from tasks.sample_cache import Cache
+
+        return Cache(self.cache_dir.absolute(), int(self.cache_gb * 1e9))
 
     @property
     def store(self) -> Store:

@@ -153,12 +153,12 @@ def registered_earlier(here: Settings, dataset: str) -> "TrainedModel | None":
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False, task_run_name="load {split}")
 def load(store: Store, version: "DatasetVersion", split: str, config: TrainConfig) -> "Samples":
-    """A split, decoded once at the size the network sees."""
-    from tasks.dataset import read_rows
-    from tasks.samples import read_samples
+    """A split at the size the network sees: from this machine's cache, decoded into it where it is not there yet."""
+    from tasks.model import require_size
+    from tasks.sample_cache import load_samples
 
-    rows = read_rows(store, version, [split], ["image", "label", "sha256"])
-    return read_samples(rows, version.splits.get(split, 0), version.classes, config.image_size)
+    require_size(config.architecture, config.image_size)
+    return load_samples(store, version, split, config.image_size, settings().cache)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)

@@ -1,19 +1,20 @@
-"""A split in memory: photographs decoded once, as the network will see them."""
+"""A split as the network will see it: photographs decoded once, by `images.decode` and nothing else."""
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks.images import CURRENT, UnreadableImage, decode
 
-IN_MEMORY_BYTES: Final = 2 * 2**30  # above this the decoded split lives in a memory-mapped temporary file
+IN_MEMORY_BYTES: Final = 2 * 2**30  # above this a split that no cache holds lives in a memory-mapped temporary file
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,24 @@ def processors() -> int:
 def read_samples(
     batches: Iterable[Any], count: int, classes: Sequence[str], size: int, implementation: str = CURRENT
 ) -> Samples:
-    """Arrow batches with the columns image, label and sha256 -> decoded samples, in their order.
-
-    Raises ValueError naming the photograph when one cannot be decoded or carries an unknown label: ingest lets neither in.
-    """
+    """Arrow batches with the columns image, label and sha256 -> decoded samples, in their order. Errors: `decode_rows`."""
     images = _uint8_array((count, size, size, 3))
+    return Samples(images, *decode_rows(batches, images, classes, implementation))
+
+
+def decode_rows(
+    batches: Iterable[Any], images: NDArray[np.uint8], classes: Sequence[str], implementation: str = CURRENT
+) -> tuple[NDArray[np.int64], NDArray[np.str_]]:
+    """Decodes into `images` uint8 [N, S, S, 3], on every processor; returns the labels [N] and the sha256 [N].
+
+    Raises ValueError naming the photograph when one cannot be decoded or carries an unknown label (ingest lets neither in), or
+    when there are more or fewer than N.
+    """
+    count, size = images.shape[:2]
     index = {name: number for number, name in enumerate(classes)}
-    labels = np.empty(count, dtype=np.int64)
+    labels: list[int] = []
     digests: list[str] = []
+    cv2.setNumThreads(1)  # each photograph has a thread already
 
     def decode_into(position: int, digest: str, data: bytes) -> None:
         try:
@@ -51,7 +62,8 @@ def read_samples(
         except UnreadableImage as error:
             raise ValueError(f"photograph {digest} of the dataset cannot be decoded: {error}") from error
 
-    with ThreadPoolExecutor(processors()) as pool:
+    with ThreadPoolExecutor(processors(), thread_name_prefix="decode") as pool:
+        running: Iterator[None] = iter(())
         for batch in batches:
             names = batch.column("label").to_pylist()
             unknown = sorted(set(names) - set(index))
@@ -61,12 +73,15 @@ def read_samples(
             if first + len(found) > count:
                 raise ValueError(f"the split holds more rows than the {count} its version names: read it again")
             digests += found
-            labels[first : len(digests)] = [index[name] for name in names]
-            encoded = (value.as_py() for value in batch.column("image"))
-            list(pool.map(decode_into, range(first, len(digests)), found, encoded))
+            labels += [index[name] for name in names]
+            encoded = [value.as_py() for value in batch.column("image")]
+            upcoming = pool.map(decode_into, range(first, len(digests)), found, encoded)
+            list(running)  # of the batch before: at most two of them are in memory
+            running = upcoming
+        list(running)
     if len(digests) != count:
         raise ValueError(f"the split holds {len(digests)} rows, its version names {count}: read it again")
-    return Samples(images, labels, np.array(digests, dtype=np.str_))
+    return np.array(labels, dtype=np.int64), np.array(digests, dtype=np.str_)
 
 
 def _uint8_array(shape: tuple[int, ...]) -> NDArray[np.uint8]:

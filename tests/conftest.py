@@ -32,6 +32,12 @@ TRITON_PYTHON = SOURCE / ".venv-triton" / "bin" / "python"
 KEY, SECRET = "tirewatch", "tirewatch-test-secret"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Flows of the tests decode into a temporary folder, not into the cache of a stack in this checkout."""
+    os.environ["TIREWATCH_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real photographs that lie beside the checkout where the project is developed; their licences forbid shipping them."""
