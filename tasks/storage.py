@@ -224,6 +224,11 @@ def write_many(store: Store, entries: Iterable[tuple[str, bytes | Path]], concur
         return sum(1 for _ in pool.map(put, entries))
 
 
+def copy(store: Store, source: str, target: str) -> None:
+    """The object once more under another key, copied by the store itself. Raises FileNotFoundError."""
+    obstore.copy(_client(store), source, target)
+
+
 def delete(store: Store, keys: Iterable[str]) -> None:
     """Remove the objects; one that is not there is no error. In a versioned bucket the old versions stay readable."""
     doomed = list(keys)
