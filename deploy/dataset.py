@@ -32,7 +32,7 @@ _REFERENCE: Final = re.compile(r"([a-z0-9][a-z0-9_-]{0,62})(?:@v?(\d{1,9}))?")
 
 
 @contextmanager
-def _settings(state: Path) -> "Iterator[Settings]":
+def settings_of(state: Path) -> "Iterator[Settings]":
     """The settings of the running stack; what people can mend ends in one sentence and exit code 1."""
     from tasks.retention import ReferencesUnknown
 
@@ -55,7 +55,7 @@ def list_versions(
     """Datasets, or the versions of one."""
     from tasks.dataset import dataset_names, read_records
 
-    with _settings(state) as here:
+    with settings_of(state) as here:
         store = here.store
         if name is None:
             newest = {each: read_records(store, each)[-1:] for each in dataset_names(store)}
@@ -65,13 +65,13 @@ def list_versions(
     if as_json:
         typer.echo(json.dumps([_told(record) for record in records], indent=1))
         return
-    table = _table("dataset", "version", "train", "val", "test", "classes", "made", "by batch", "digest", "")
+    table = table_of("dataset", "version", "train", "val", "test", "classes", "made", "by batch", "digest", "")
     for record in records:
         version = record.version
         gone = f"retired {record.retired_at[:10]}" if record.retired_at else ""
         splits = [str(version.splits[split]) for split in ("train", "val", "test")]
         made = [str(len(version.classes)), record.created_at[:16], _made_by(record), version.digest[7:19], gone]
-        _add(table, version.name, f"v{version.version}", *splits, *made)
+        add_row(table, version.name, f"v{version.version}", *splits, *made)
     console.print(table, soft_wrap=True)
 
 
@@ -84,7 +84,7 @@ def show(
     """What one version holds: classes, splits, formats, sizes and statistics of its photographs."""
     from tasks.dataset import summary_of
 
-    with _settings(state) as here:
+    with settings_of(state) as here:
         record = _record(here.store, reference)
         summary = None if record.retired_at and record.summary is None else summary_of(here.store, record)
     if as_json:
@@ -93,21 +93,21 @@ def show(
     version = record.version
     console.print(f"[bold]{version.name} v{version.version}[/]  {version.digest}", highlight=False, soft_wrap=True)
     gone = f"; retired on {record.retired_at[:10]}: its rows are gone" if record.retired_at else ""
-    _say(f"made {record.created_at[:19]} by batch {_made_by(record)}{gone}")
+    say(f"made {record.created_at[:19]} by batch {_made_by(record)}{gone}")
     if summary is None:
         return
     width, height = (_range(side) for side in (summary.width, summary.height))
     formats = ", ".join(f"{count} {kind}" for kind, count in summary.formats.items())
-    _say(f"{summary.rows} photographs ({formats}), {width} x {height} pixels")
+    say(f"{summary.rows} photographs ({formats}), {width} x {height} pixels")
     _show_counts("class", summary.classes)
-    batches = _table("batch", "photographs")
+    batches = table_of("batch", "photographs")
     for name, count in [*summary.batches.items(), *([("others", summary.other_batches)] * bool(summary.other_batches))]:
-        _add(batches, name, str(count))
+        add_row(batches, name, str(count))
     console.print(batches)
-    statistics = _table("statistic", "mean", "deviation", "1 %", "5 %", "25 %", "50 %", "75 %", "95 %", "99 %")
+    statistics = table_of("statistic", "mean", "deviation", "1 %", "5 %", "25 %", "50 %", "75 %", "95 %", "99 %")
     for name, spread in summary.statistics.items():
         values = (spread.mean, spread.deviation, *spread.quantiles)
-        _add(statistics, name, *(f"{value:.4g}" for value in values))
+        add_row(statistics, name, *(f"{value:.4g}" for value in values))
     console.print(statistics)
 
 
@@ -122,21 +122,21 @@ def diff(
     """What was added, removed and relabelled from one version to another; with --json all of it."""
     from tasks.dataset_compare import difference
 
-    with _settings(state) as here:
+    with settings_of(state) as here:
         store = here.store
         found = difference(store, _record(store, first).version, _record(store, second).version)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))
         return
     counts = ", ".join(f"{count} {kind}" for kind, count in found.counts.items())
-    _say(f"{_shown(first)} -> {_shown(second)}: {counts}")
+    say(f"{_shown(first)} -> {_shown(second)}: {counts}")
     told = found.as_json(limit)
     for kind in ("added", "removed", "relabelled", "moved"):
         if not told[kind]:
             continue
-        table = _table(kind, *(name for name in told[kind][0] if name != "sha256"))
+        table = table_of(kind, *(name for name in told[kind][0] if name != "sha256"))
         for row in told[kind]:
-            _add(table, row["sha256"][:12], *(str(value) for name, value in row.items() if name != "sha256"))
+            add_row(table, row["sha256"][:12], *(str(value) for name, value in row.items() if name != "sha256"))
         console.print(table, soft_wrap=True)
         if (more := found.counts[kind] - len(told[kind])) > 0:
             console.print(f"and {more} more", style="dim")
@@ -155,7 +155,7 @@ def export(
     """The photographs in class folders, with an annotations.json that ingests again to the same rows."""
     from tasks.dataset_export import export as write_folder
 
-    with _settings(state) as here, console.status("exporting") as status:
+    with settings_of(state) as here, console.status("exporting") as status:
         version = _record(here.store, reference).version
         total = sum(version.splits[each] for each in split or version.splits if each in version.splits)
 
@@ -164,7 +164,7 @@ def export(
                 status.update(f"exporting {written} of {total}")
 
         written = write_folder(here.store, version, folder, split or tuple(version.splits), split_folders, progress)
-    _say(f"{written} photographs of {version.name} v{version.version} in {folder}")
+    say(f"{written} photographs of {version.name} v{version.version} in {folder}")
 
 
 @app.command()
@@ -181,7 +181,7 @@ def prune(
     from tasks.retention import referenced_versions, retire, versions_to_retire
 
     now = datetime.now(UTC)
-    with _settings(state) as here:
+    with settings_of(state) as here:
         records = read_records(here.store, name)
         referenced = referenced_versions(here.mlflow_tracking_uri, name)
         chosen = versions_to_retire(records, referenced, keep, timedelta(days=min_age), now)
@@ -194,7 +194,7 @@ def prune(
     kept = (
         f"of {len(records)}; models and runs name {', '.join(f'v{number}' for number in sorted(referenced)) or 'none'}"
     )
-    _say(f"would retire {shown} {kept}" if dry_run else f"retired {shown} {kept}; {freed / 2**20:.1f} MiB given back")
+    say(f"would retire {shown} {kept}" if dry_run else f"retired {shown} {kept}; {freed / 2**20:.1f} MiB given back")
 
 
 def upload(
@@ -210,12 +210,12 @@ def upload(
     from tasks.sources import upload_set
 
     named = batch or re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip(".-") or "batch"
-    with _settings(state) as here:
+    with settings_of(state) as here:
         found = recognised(folder)
-        _say(f"{folder}: {found.text}")
+        say(f"{folder}: {found.text}")
         with console.status("uploading"):
             prefix = upload_set(here.store, folder, dataset, named, found)
-    _say(f"uploaded and sealed as {here.store.uri(prefix)}")
+    say(f"uploaded and sealed as {here.store.uri(prefix)}")
 
 
 def _record(store: "Store", reference: str) -> "Record":
@@ -252,24 +252,24 @@ def _range(ends: Sequence[int]) -> str:
     return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}-{ends[1]}"
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _add(table: Table, *values: str) -> None:
+def add_row(table: Table, *values: str) -> None:
     table.add_row(*(escape(value) for value in values))  # a class may well be called [bold]
 
 
-def _say(text: str) -> None:
+def say(text: str | Table) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_counts(what: str, counts: Mapping[str, Mapping[str, int]]) -> None:
-    table = _table(what, "train", "val", "test", "all")
+    table = table_of(what, "train", "val", "test", "all")
     for name, splits in counts.items():
         values = [splits.get(split, 0) for split in ("train", "val", "test")]
-        _add(table, name, *(str(value) for value in values), str(sum(values)))
+        add_row(table, name, *(str(value) for value in values), str(sum(values)))
     console.print(table)
