@@ -5,12 +5,12 @@ obstore instead of boto3 threads: 2,000 objects of 20 KB into and out of Seaweed
 """
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 CONCURRENCY: Final = 16
 IN_FLIGHT_BYTES: Final = 256 * 2**20  # what `read_many` may hold at once, whatever the size of the objects
+_BURST: Final = 256  # objects that are read together, ...
+_RUN: Final = 8  # ... and of these the most that one thread works on at a stretch
 
 
 @dataclass(frozen=True)
@@ -161,34 +163,50 @@ def read_many(
     workers: int | None = None,
 ) -> Iterator[T]:
     """`work(object, content)` for each object, in the order given: read in `concurrency` threads, worked on in `workers`
-    others (None: one more than there are processors).
+    others (None: one for each processor).
 
-    Never more than `in_flight_bytes` of objects are started and not yet handed out (one object may be larger by itself).
+    Objects are read in bursts, one burst ahead of the work. Reading and working object by object took a third longer (5,000
+    photographs of 40 KB, 2 cores): the threads of both kept taking Python's lock from each other, and the server its sleep.
+    Never more than `in_flight_bytes` of objects are held (one object may be larger by itself).
     """
-    waiting: deque[tuple[int, Future[T]]] = deque()
-    held = 0
+    hands_count = workers or _processors()
     with (
         ThreadPoolExecutor(concurrency, thread_name_prefix="s3") as readers,
-        ThreadPoolExecutor(workers or _processors() + 1, thread_name_prefix="work") as hands,
+        ThreadPoolExecutor(hands_count, thread_name_prefix="work") as hands,
     ):
 
-        def start(each: StoredObject) -> Future[T]:
-            content = readers.submit(read_version, store, each.key)
-            return hands.submit(lambda: work(each, content.result()))
+        def started(burst: Sequence[StoredObject]) -> list[tuple[StoredObject, Future[Content]]]:
+            return [(each, readers.submit(read_version, store, each.key)) for each in burst]
 
+        def done(run: Sequence[tuple[StoredObject, Content]]) -> list[T]:
+            return [work(each, content) for each, content in run]
+
+        bursts = _bursts(objects, in_flight_bytes // 2)
         try:
-            for each in objects:
-                while waiting and (held + each.size > in_flight_bytes or len(waiting) >= 4 * concurrency):
-                    size, done = waiting.popleft()
-                    held -= size
-                    yield done.result()
-                held += each.size
-                waiting.append((each.size, start(each)))
-            while waiting:
-                yield waiting.popleft()[1].result()
+            reading = started(next(bursts, []))
+            while reading:
+                ready = [(each, content.result()) for each, content in reading]
+                reading = started(next(bursts, []))
+                size = max(1, min(_RUN, len(ready) // (4 * hands_count)))
+                runs = [ready[first : first + size] for first in range(0, len(ready), size)]
+                del ready
+                yield from chain.from_iterable(hands.map(done, runs))
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
             hands.shutdown(wait=False, cancel_futures=True)
+
+
+def _bursts(objects: Iterable[StoredObject], most_bytes: int) -> Iterator[list[StoredObject]]:
+    burst: list[StoredObject] = []
+    held = 0
+    for each in objects:
+        if burst and (held + each.size > most_bytes or len(burst) == _BURST):
+            yield burst
+            burst, held = [], 0
+        burst.append(each)
+        held += each.size
+    if burst:
+        yield burst
 
 
 def _processors() -> int:
