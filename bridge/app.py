@@ -24,6 +24,7 @@ from bridge.settings import BridgeSettings
 logger: Final = logging.getLogger(__name__)
 
 _CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
+_HANG_UP: Final = {"Connection": "close"}  # else the rest of the body is received and thrown away, however long it is
 
 
 def create_app(settings: BridgeSettings | None = None) -> FastAPI:
@@ -148,6 +149,7 @@ async def _bounded_body(request: Request, bridge: Bridge) -> bytes:
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
-            raise refused(bridge, request, "too_large", HTTPException(413, f"the body is larger than {limit} bytes"))
+            answer = HTTPException(413, f"the body is larger than {limit} bytes", _HANG_UP)
+            raise refused(bridge, request, "too_large", answer)
         chunks.append(chunk)
     return b"".join(chunks)

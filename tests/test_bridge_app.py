@@ -4,6 +4,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +138,13 @@ def test_a_marker_before_any_photograph_is_sealed_named_and_counted(
     assert post(bridge, record("incoming/bare/b1/_SUCCESS")).status_code == 200
     assert len(sealed_events("bare")) == 1
     assert "incoming/bare/b1/ is complete, but not one photograph of it has been told" in log.read_text()
+    # Prometheus finds the counter before the first event too; the batches of other tests count as well.
+    assert counted(bridge, "bare_markers_total") >= 1
+    before = counted(bridge, "bare_markers_total")
+    assert post(bridge, record("incoming/bare/b2/annotations.json")).status_code == 200
+    assert post(bridge, record("incoming/bare/b3/good/a.jpg")).status_code == 200
+    assert post(bridge, record("incoming/bare/b3/_SUCCESS")).status_code == 200
+    assert counted(bridge, "bare_markers_total") == before + 1, "b2 is bare, b3 is not"
 
 
 def test_objects_outside_incoming_are_counted_and_start_nothing(bridge: Any, sealed_events: Sealed, log: Path) -> None:
@@ -147,25 +155,33 @@ def test_objects_outside_incoming_are_counted_and_start_nothing(bridge: Any, sea
         record("datasets/elsewhere/_SUCCESS\nforged line of the log"),
     ):
         assert post(bridge, body).status_code == 200
-    told = metrics(bridge)
+    told, sealed = metrics(bridge), counted(bridge, 'sealed_total{by="marker"}')
     for reason in ("bad_name", "bad_path", "other_bucket", "not_incoming"):
         assert f'tirewatch_bridge_ignored_total{{reason="{reason}"}} 1' in told
         assert f": {reason}\n" in log.read_text()
     assert "\nforged" not in log.read_text()
     assert sealed_events("elsewhere", within=2) == []
+    assert counted(bridge, 'sealed_total{by="marker"}') == sealed
 
 
 @pytest.mark.parametrize("header", ["", "Bearer wrong", f"Token {TOKEN}", TOKEN, "Basic !!!", f"Bearer {TOKEN}x"])
 @pytest.mark.parametrize(("method", "path"), [("POST", "/s3"), ("GET", "/dead-letters"), ("DELETE", "/dead-letters/1")])
-def test_a_wrong_token_is_refused_everywhere(bridge: Any, header: str, method: str, path: str) -> None:
-    before = refusals(bridge, "token")
+def test_a_wrong_token_is_refused_everywhere(bridge: Any, log: Path, header: str, method: str, path: str) -> None:
+    before, line = refusals(bridge, "token"), f"refused {method} '{path}' from 127.0.0.1: a bearer token is needed"
+    told = log.read_text().count(line)
     answer = httpx.request(method, bridge.service.url + path, headers={"Authorization": header}, content=b"{}" * 100)
     assert answer.status_code == 401
     assert refusals(bridge, "token") == before + 1
+    assert log.read_text().count(line) == told + 1
+    assert TOKEN not in log.read_text()
 
 
 def refusals(running: Any, reason: str) -> int:
-    start = f'tirewatch_bridge_refused_total{{reason="{reason}"}} '
+    return counted(running, f'refused_total{{reason="{reason}"}}')
+
+
+def counted(running: Any, counter: str) -> int:
+    start = f"tirewatch_bridge_{counter} "
     return sum(int(line.removeprefix(start)) for line in metrics(running).splitlines() if line.startswith(start))
 
 
@@ -210,9 +226,22 @@ def test_bodies_that_are_no_storage_event_are_refused_with_the_reason(bridge: An
     assert log.read_text().count("refused POST '/s3' from 127.0.0.1: not a storage event") == len(bodies)
 
 
-def test_a_body_above_the_limit_is_refused(bridge: Any) -> None:
+def test_a_body_above_the_limit_is_refused_and_read_no_further(bridge: Any, log: Path) -> None:
     assert post(bridge, b" " * (2 * 2**20 + 1)).status_code == 413
-    assert refusals(bridge, "too_large") == 1
+    told = b"refused POST '/s3' from 127.0.0.1: the body is larger than 2097152 bytes"
+    assert (refusals(bridge, "too_large"), log.read_bytes().count(told)) == (1, 1)
+    sent = []
+
+    def endless() -> Iterator[bytes]:
+        while len(sent) < 2000:  # 125 MiB, without a length in front of it
+            sent.append(0)
+            yield b" " * 2**16
+
+    with suppress(httpx.WriteError):  # the connection may be closed while the rest is being sent
+        answer = httpx.post(f"{bridge.service.url}/s3", content=endless(), headers=WITH_TOKEN, timeout=20)
+        assert answer.status_code == 413
+    assert refusals(bridge, "too_large") == 2
+    assert len(sent) < 1000, "the bridge went on reading"
 
 
 def test_a_batch_sealed_while_prefect_is_away_is_kept_over_a_restart(

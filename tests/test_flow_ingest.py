@@ -1,11 +1,12 @@
 """The ingest flow on a real S3 and a real Prefect server."""
 
 import base64
+import hashlib
 import io
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,26 +15,17 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 
 from flows.ingest import IngestOptions, ingest
-from flows.settings import settings
 from tasks import storage
+from tasks.batch import SPLITS
 from tasks.checks import RULES
 from tasks.dataset import newest_version, read_rows
+from tasks.dataset_compare import difference
 from tasks.ingest_report import Ingested
 from tasks.sources import digit_folders, upload_folder
 from tasks.storage import Store
 
 Made = Callable[..., bytes]
 pytestmark = pytest.mark.usefixtures("prefect_server", "configured")
-
-
-@pytest.fixture
-def configured(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The flow's process as `tirewatch up` starts it: the settings come from the environment."""
-    for name in ("bucket", "endpoint_url", "access_key_id", "secret_access_key"):
-        monkeypatch.setenv(f"TIREWATCH_S3_{name.upper()}", str(getattr(store, name)))
-    settings.cache_clear()
-    yield
-    settings.cache_clear()
 
 
 def upload(store: Store, name: str, photographs: dict[str, bytes], batch: str = "b1") -> str:
@@ -57,11 +49,11 @@ def api(path: str, body: dict[str, Any]) -> Any:
         return client.request("POST", path, json=body).json()
 
 
-def announced(name: str) -> list[dict[str, Any]]:
+def announced(name: str, at_least: int = 1) -> list[dict[str, Any]]:
     """Payloads of the events about the dataset; waits a moment for them to pass the server's queue."""
     for _ in range(50):
         found = api("/events/filter", {"filter": {"resource": {"id": [f"tirewatch.dataset.{name}"]}}})["events"]
-        if found:
+        if len(found) >= at_least:
             break
         time.sleep(0.1)
     return [event["payload"] for event in found if event["event"] == "tirewatch.dataset.version.created"]
@@ -221,3 +213,30 @@ def test_a_folder_of_digits_goes_all_the_way(store: Store, tmp_path_factory: pyt
     assert version.classes == tuple("0123456789")
     assert sum(version.splits.values()) == 1797
     assert abs(version.splits["test"] / 1797 - 0.15) < 0.01
+
+
+def test_a_correction_is_a_version_whose_state_page_and_event_say_what_was_relabelled(
+    store: Store, photograph: Made
+) -> None:
+    sent = pictures(photograph)
+    first = run("flow-fix", upload(store, "flow-fix", sent, "first")).result().version
+    wrong = hashlib.sha256(sent["good/1.jpg"]).hexdigest()
+    document = {"annotation": {"corrects": True, "data": [{"sha256": wrong, "label_value": "bad"}]}}
+    prefix = upload(store, "flow-fix", {"annotations.json": json.dumps(document).encode()}, "fix")
+    state = run("flow-fix", prefix)
+    assert (state.name, state.message) == (
+        "Completed",
+        "flow-fix v2: 0 new photographs from fix, 1 labels corrected",
+    )
+    second = state.result().version
+    found = difference(store, first, second)
+    assert found.counts == {"added": 0, "removed": 0, "relabelled": 1, "moved": 0, "unchanged": 11}
+    [changed] = found.relabelled.to_pylist()
+    assert (changed["sha256"], changed["was"], changed["label"]) == (wrong, "good", "bad")
+    for version, label in ((first, "good"), (second, "bad")):
+        rows = [row for some in read_rows(store, version, SPLITS, ["sha256", "label"]) for row in some.to_pylist()]
+        assert len(rows) == 12 and {row["label"] for row in rows if row["sha256"] == wrong} == {label}
+    page, *_ = api("/artifacts/filter", {"artifacts": {"key": {"any_": ["ingest-flow-fix"]}}, "sort": "CREATED_DESC"})
+    assert page["data"].startswith("# fix: flow-fix v2") and "| good -> bad | 1 |" in page["data"]
+    assert sorted(payload["version"] for payload in announced("flow-fix", 2)) == [1, 2]
+    assert run("flow-fix", prefix).name == "Unchanged"

@@ -93,14 +93,14 @@ class Line:
         )
         self._lock = Lock()
 
-    def post(self, path: str, **body: object) -> Any:
-        """The answer of Prefect's API. SQLite under load answers 503, which its own client tries again as well."""
-        for _ in range(10):
-            answer = self.prefect.post(path, json=body)
+    def ask(self, method: str, path: str, body: object = None) -> Any:
+        """The answer of Prefect's API. SQLite under load answers 503, which Prefect's own client tries again as well."""
+        for _ in range(20):
+            answer = self.prefect.request(method, path, json=body)
             if answer.status_code != 503:
                 break
             time.sleep(2)
-        return answer.raise_for_status().json() if answer.content else None
+        return answer.raise_for_status().json() if answer.content else answer.raise_for_status()
 
     def upload(self, batch: str) -> dict[str, bytes]:
         """The batch, sealed by its marker, and what the store told about it: key -> event."""
@@ -130,22 +130,21 @@ class Line:
         killed.wait(10)
 
     def deployment(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.prefect.get(f"/deployments/name/{name}").raise_for_status().json()
+        found: dict[str, Any] = self.ask("GET", f"/deployments/name/{name}")
         return found
 
     def follow(self, deployment: str, enabled: bool) -> None:
         """Lets events start the deployment, or not: then they are lost on it."""
         [automation] = [
             each
-            for each in self.post("/automations/filter", limit=200)
+            for each in self.ask("POST", "/automations/filter", {"limit": 200})
             if each["name"].endswith(f" starts {deployment}")
         ]
-        path = f"/automations/{automation['id']}"
-        self.prefect.patch(path, json={"enabled": enabled}).raise_for_status()
+        self.ask("PATCH", f"/automations/{automation['id']}", {"enabled": enabled})
 
     def runs(self, deployment: str) -> list[dict[str, Any]]:
         wanted = {"id": {"any_": [self.deployment(deployment)["id"]]}}
-        found: list[dict[str, Any]] = self.post("/flow_runs/filter", deployments=wanted, limit=200)
+        found: list[dict[str, Any]] = self.ask("POST", "/flow_runs/filter", {"deployments": wanted, "limit": 200})
         return found
 
     def finished(self, deployment: str, at_least: int, within: float = 600) -> list[dict[str, Any]]:
@@ -163,7 +162,7 @@ class Line:
         """A run of the deployed sweep for which nothing is too young; its last state."""
         before = len(self.runs("sweep/line"))
         path = f"/deployments/{self.deployment('sweep/line')['id']}/create_flow_run"
-        self.post(path, parameters=AT_ONCE, idempotency_key=f"sweep {before}")
+        self.ask("POST", path, {"parameters": AT_ONCE, "idempotency_key": f"sweep {before}"})
         last = max(self.finished("sweep/line", before + 1, 180), key=lambda run: run["start_time"])
         found: dict[str, Any] = last["state"]
         return found
@@ -174,7 +173,7 @@ class Line:
             identity = f"00000000-0000-4000-8000-{random.getrandbits(47):012x}"
             body = {"id": identity, "occurred": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event}
             told = {**body, "resource": {"prefect.resource.id": resource}, "payload": payload}
-            assert self.prefect.post("/events", json=[told]).is_success
+            self.ask("POST", "/events", [told])
 
     def record(self) -> Record:
         found = newest_record(self.here.store, "digits")
@@ -217,12 +216,12 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
             made = Line(stack, Settings(), transport, shares)
             sweep = made.deployment("sweep/line")
             for schedule in sweep["schedules"]:  # the test says when
-                made.prefect.delete(f"/deployments/{sweep['id']}/schedules/{schedule['id']}").raise_for_status()
+                made.ask("DELETE", f"/deployments/{sweep['id']}/schedules/{schedule['id']}")
             for deployment in ("train/digits", "promote/digits"):
                 made.follow(deployment, enabled=False)
             # Two at a time: they also race for the number of the next version.
             identity = made.deployment("ingest/digits")["id"]
-            made.prefect.patch(f"/deployments/{identity}", json={"concurrency_limit": 2}).raise_for_status()
+            made.ask("PATCH", f"/deployments/{identity}", {"concurrency_limit": 2})
             yield made
         finally:
             if (state / "stack.json").exists():
