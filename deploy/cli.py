@@ -14,11 +14,13 @@ from rich.table import Table
 from deploy import journal, local
 from deploy.dataset import app as dataset_app
 from deploy.dataset import upload
+from deploy.labels import app as labels_app
 from deploy.quarantine import app as quarantine_app
 from deploy.stack import Stack, StackError, read_stack
 
 app: Final = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.add_typer(dataset_app, name="dataset")
+app.add_typer(labels_app, name="labels")
 app.add_typer(quarantine_app, name="quarantine")
 app.command()(upload)
 console: Final = Console()
