@@ -138,7 +138,8 @@ def test_hue_turns_red_to_green_to_blue_and_keeps_greys_and_brightness():
     assert only(red, hue=1 / 3)[0, 0].argmax() == by_torchvision("adjust_hue", red, 1 / 3)[0, 0].argmax() == 1
     assert only(red, hue=-1 / 3)[0, 0].argmax() == by_torchvision("adjust_hue", red, -1 / 3)[0, 0].argmax() == 2
     luma = torch.tensor([0.299, 0.587, 0.114])
-    torch.testing.assert_close(only(smooth(), hue=0.3) @ luma, smooth().float() @ luma, atol=0.01, rtol=0)
+    picture = smooth(low=100, high=150)
+    torch.testing.assert_close(only(picture, hue=0.3) @ luma, picture.float() @ luma, atol=0.01, rtol=0)
     grey = torch.full((4, 4, 3), 90, dtype=torch.uint8)
     torch.testing.assert_close(only(grey, hue=0.2), grey.float(), atol=0.01, rtol=0)
 
