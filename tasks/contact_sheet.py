@@ -19,7 +19,7 @@ MAX_CLASSES: Final = 12
 _GAP: Final = 2
 PAIR_TILE: Final = 112
 PAIRS_A_ROW: Final = 4
-_LINE: Final = 15  # pixels of one line of text
+_LINE, _LETTER = 16, 13  # pixels of one line of text, and of its letters
 _APART: Final = 10
 
 
@@ -55,13 +55,14 @@ class Pair:
 
 def pair_sheet(blocks: Sequence[tuple[str, Sequence[Pair]]]) -> bytes:
     """Blocks of pairs, each under its heading and PAIRS_A_ROW a row -> PNG with a palette: one byte a pixel at most."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     wide = 2 * PAIR_TILE + _GAP
     high = PAIR_TILE + _LINE * max((len(pair.lines) for _, pairs in blocks for pair in pairs), default=0) + _APART
     heights = [_LINE + _GAP + -(-len(pairs) // PAIRS_A_ROW) * high for _, pairs in blocks]
     sheet = Image.new("RGB", (PAIRS_A_ROW * (wide + _APART) - _APART, sum(heights)), "white")
     pen, top = ImageDraw.Draw(sheet), 0
+    pen.font = ImageFont.load_default(_LETTER)
     for (heading, pairs), height in zip(blocks, heights, strict=True):
         pen.text((0, top), heading, fill="black")
         for place, pair in enumerate(pairs):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.contact_sheet import Pair, pair_sheet
+from tasks.decision import score
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,8 +59,9 @@ def explain(network: "ImageNetwork", images: NDArray[np.uint8], finding: "Findin
 
 def _told(finding: "Finding", position: int) -> tuple[str, ...]:
     labels, decided, truth = finding.rule.labels, finding.decided[position], finding.truth[position]
-    said = f"{labels[decided]} {finding.probabilities[position, decided]:.2f}"
-    return (f"said {said}", f"is {labels[truth]}") if decided != truth else (f"said {said}, is so",)
+    score_of_it = score(finding.probabilities[position : position + 1], finding.rule)[0]
+    said = f"said {labels[decided]}, score {score_of_it:.2f}"
+    return (said, f"is {labels[truth]}") if decided != truth else (said,)
 
 
 def heat_maps(

@@ -73,8 +73,9 @@ def _draw_matrix(axes: Any, evaluation: Evaluation) -> None:
     few = len(evaluation.labels) <= _COUNTS_SHOWN
     ticks = range(len(evaluation.labels)) if few else []
     names = [label if len(label) <= 14 else f"{label[:13]}…" for label in evaluation.labels] if few else []
-    axes.set_xticks(ticks, names, fontsize="x-small", rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(ticks, names, fontsize="x-small")
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(names) > 3 else {}
+    axes.set_xticks(ticks, names, fontsize="small", **slanted)
+    axes.set_yticks(ticks, names, fontsize="small", rotation=90 if not slanted else 0, va="center")
     size = "medium" if len(names) <= 4 else "xx-small"
     for row, column in np.ndindex(counts.shape) if few else ():
         color = "white" if shares[row, column] > 0.5 else "black"
@@ -129,7 +130,7 @@ def draw_reliability(axes: Any, finding: "Finding") -> None:
     low = 1 / len(finding.evaluation.labels)
     axes.set(title=f"{finding.split}: reliability", xlabel="probability of the answer", ylabel="share that is right")
     axes.set(xlim=(low - 0.03, 1.03), ylim=(0, 1.05))
-    axes.legend(fontsize="x-small", loc="upper left")
+    axes.legend(fontsize="x-small", loc="lower right")
 
 
 DRAWINGS: Final[dict[str, Draw]] = {

@@ -108,7 +108,8 @@ def register(
     from tasks.mlflow_model import mlmodel
 
     client = client_of(tracking_uri)
-    flow_run_id = client.get_run(run_id).data.tags[FLOW_RUN_TAG]
+    run = client.get_run(run_id)
+    flow_run_id = run.data.tags[FLOW_RUN_TAG]
     earlier = registered_by(tracking_uri, card.dataset, flow_run_id)
     if earlier is not None:
         return earlier
@@ -133,7 +134,7 @@ def register(
             raise
     created = client.create_model_version(
         card.dataset,
-        source=f"runs:/{run_id}/{Path(CARD).parent}",
+        source=f"{run.info.artifact_uri}/{Path(CARD).parent}",  # with runs:/ MLflow's page finds no signature
         run_id=run_id,
         tags={
             FLOW_RUN_TAG: flow_run_id,

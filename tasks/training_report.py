@@ -164,11 +164,11 @@ def _weak_table(found: Sequence[Slice]) -> str:
         for each in shown[:WEAKEST_SHOWN]
     ]
     told = (
-        f"{len(surely)} of {len(found)} parts have more errors than chance explains."
+        f"Of {len(found)} parts of the split, these {len(surely)} have more errors than chance explains:"
         if surely
-        else f"None of {len(found)} parts has more errors than chance explains; these have the lowest accuracy."
+        else f"None of {len(found)} parts of the split has more errors than chance explains. The least accurate ones:"
     )
-    return f"{told}\n\n{_table(('part', 'errors', 'accuracy', 'escapes', 'chance'), lines)}"
+    return f"{told}\n\n{_table(('part', 'errors', 'accuracy', 'escapes', 'p value'), lines)}"
 
 
 def _escapes(part: Slice) -> str:
