@@ -44,6 +44,14 @@ class Settings(BaseSettings):
     cpu_accelerator: Literal["openvino", "onnxruntime"] = Field(
         "openvino", description="What runs the ONNX network where there is no GPU"
     )
+    training_limit: str | None = Field(
+        None, description="Global concurrency limit that each training holds; empty: `gpu` where there is a GPU, else none"
+    )
+    ray_address: str | None = Field(
+        None,
+        description="Ray cluster that examines and writes the photographs of a batch (`ray://head:10001`, or `auto`); "
+        "empty: threads of the flow's own process",
+    )
     cache_dir: Path = Field(
         Path(".tirewatch/cache"),
         description="Local directory of decoded photographs, shared by every run on the machine",

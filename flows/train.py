@@ -11,6 +11,7 @@ schedule started (it has an `occasion`) trains only when its deployment has not 
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from tasks.storage import NETWORK_RETRY, Store
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from tasks.checkpoints import Undertaking
     from tasks.claims import Subject
     from tasks.dataset import DatasetVersion
     from tasks.judgement import Finding, Judged
@@ -61,11 +63,13 @@ def train(
     version = find_version(here.store, dataset, dataset_version)
     if occasion and (why := reason_to_wait(here.store, version, start)):
         return Completed(name="Unchanged", message=why)
-    model = registered_earlier(here, dataset)
+    check(here.store, version, config)
+    work = take_up(here.store, version, config)
+    model = registered_earlier(here, work)
     if model is None:
         training, validation = (load(here.store, version, split, config) for split in ("train", "val"))
-        with mlflow_run(here, version, config) as run_id:
-            trained = fit(here, run_id, version, training, validation, config)
+        with mlflow_run(here, version, config, work) as run_id:
+            trained = fit(here, run_id, version, training, validation, config, work)
             judged = judge(here.store, trained, validation, version, config)
             reasons = below_minimum(judged.validation.evaluation, config)
             test = None if reasons else final_test(here.store, version, judged, config)
@@ -73,22 +77,26 @@ def train(
             if reasons:
                 close(here, run_id, reasons)
                 decided(here.store, version, "below minimum", {"reasons": list(reasons)})
+                done(work)
                 return Completed(name="BelowMinimum", message=f"{dataset} v{version.version}: {'; '.join(reasons)}")
             model = register_model(here, run_id, version, judged, validation, config)
     decided(here.store, version, "registered", {"model_version": model.version})
     announce(model, version)
+    done(work)
     return Completed(message=f"{model.name} v{model.version} from {dataset} v{version.version}", data=model)
 
 
 @contextmanager
-def mlflow_run(here: Settings, version: "DatasetVersion", config: TrainConfig) -> Iterator[str]:
-    """An MLflow run linked with this flow run both ways; failed when what is done inside fails."""
+def mlflow_run(here: Settings, version: "DatasetVersion", config: TrainConfig, work: "Undertaking") -> Iterator[str]:
+    """The work's MLflow run, linked with this flow run both ways; failed when what is done inside fails."""
+    from tasks.checkpoints import has_checkpoint
     from tasks.registry import run_page
     from tasks.tracking import close_run, open_run
 
     uri, flow_run_id = here.mlflow_tracking_uri, str(flow_run.get_id())
     page = f"{here.prefect_ui_url.rstrip('/')}/runs/flow-run/{flow_run_id}"
-    run_id = open_run(uri, version, config, flow_run_id, page)
+    identity = work.identity if work.resumable else None
+    run_id = open_run(uri, version, config, flow_run_id, page, identity, has_checkpoint(work))
     create_link_artifact(link=run_page(uri, run_id), link_text="MLflow run", key=f"mlflow-{_key(version.name)}")
     try:
         yield run_id
@@ -144,11 +152,38 @@ def decided(store: Store, version: "DatasetVersion", outcome: str, figures: Mapp
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def registered_earlier(here: Settings, dataset: str) -> "TrainedModel | None":
-    """What an earlier attempt of this very flow run registered: a run that is started again makes no second version."""
+def check(store: Store, version: "DatasetVersion", config: TrainConfig) -> None:
+    """ValueError, before a photograph is read, for data and a recipe that do not go together."""
+    from tasks.tracked_training import check_version
+
+    check_version(store, version, config)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def take_up(store: Store, version: "DatasetVersion", config: TrainConfig) -> "Undertaking":
+    """This training, with the checkpoints of a dead run at the same work; a living one is left alone."""
+    from tasks.checkpoints import undertake
+    from tasks.runs import is_running, this_run, this_stage
+
+    return undertake(store, version, config, this_stage(), this_run(), is_running)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def done(work: "Undertaking") -> None:
+    """Nothing is left to take up: the next run with this configuration trains anew."""
+    from tasks.checkpoints import conclude
+
+    conclude(work)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def registered_earlier(here: Settings, work: "Undertaking") -> "TrainedModel | None":
+    """What an earlier attempt registered, of this flow run or of the dead one it took over from: no second version is made."""
     from tasks.registry import registered_by
 
-    return registered_by(here.mlflow_tracking_uri, dataset, str(flow_run.get_id()))
+    uri, this = here.mlflow_tracking_uri, str(flow_run.get_id())
+    found = registered_by(uri, work.dataset, this)
+    return registered_by(uri, work.dataset, work.predecessor) if found is None and work.predecessor else found
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False, task_run_name="load {split}")
@@ -169,25 +204,15 @@ def fit(
     training: "Samples",
     validation: "Samples",
     config: TrainConfig,
+    work: "Undertaking",
 ) -> "Trained":
-    """The training loop; every epoch goes to MLflow and to the log."""
-    from tasks.registry import load_weights
-    from tasks.tracking import log_epoch
-    from tasks.training import Epoch, train
+    """The training loop, from its newest checkpoint; every epoch goes to MLflow, to the log and to the run's page."""
+    from tasks.tracked_training import train_tracked
 
-    def report(epoch: Epoch) -> None:
-        log_epoch(here.mlflow_tracking_uri, run_id, epoch)
-        log.info(
-            "epoch %d: loss %.4f, validation loss %.4f, accuracy %.4f, %.0f s",
-            *(epoch.number, epoch.train_loss, epoch.validation_loss, epoch.validation.accuracy, epoch.seconds),
-        )
-
-    weights = None
-    if config.continue_from is not None:
-        weights = load_weights(
-            here.mlflow_tracking_uri, version.name, config.continue_from, config.architecture, version.classes
-        )
-    return train(training, validation, version.classes, config, report, weights)
+    if config.deterministic:  # read by cuBLAS when it starts: without it torch refuses on a GPU
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    uri, limit = here.mlflow_tracking_uri, here.training_limit
+    return train_tracked(uri, run_id, version, training, validation, config, work, limit)
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
@@ -275,6 +300,7 @@ def register_model(
     from tasks.model import normalisation
     from tasks.passport import commit
     from tasks.registry import ModelCard, Reference, register
+    from tasks.runs import this_stage
 
     mean, std = normalisation(config.architecture)
     card = ModelCard(
@@ -300,7 +326,7 @@ def register_model(
     )
     found = judged.validation.evaluation.figures
     tags = {
-        "recipe": f"train/{version.name}",
+        "recipe": this_stage(),
         "quality": f"validation accuracy {found.accuracy:.4f}, balanced {found.balanced_accuracy:.4f}",
     }
     return register(here.mlflow_tracking_uri, run_id, card, judged.network.classifier.state_dict(), reference, tags)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from tasks.storage import Store, list_objects, read, write, write_if_absent
+from tasks.storage import Store, delete, list_objects, read, write, write_if_absent
 
 PREFIX: Final = "line"
 
@@ -100,6 +100,11 @@ def claim(store: Store, subject: Subject, run: str, is_alive: Callable[[str], bo
         told = {"run": run, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         if write_if_absent(store, f"{subject.folder}claim-{len(claims) + 1:04d}.json", json.dumps(told).encode()):
             return True
+
+
+def release(store: Store, subject: Subject) -> None:
+    """The work is done and may be done anew: nobody claims the subject any more."""
+    delete(store, _claims(store, subject))
 
 
 def _claims(store: Store, subject: Subject) -> list[str]:

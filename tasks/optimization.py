@@ -1,8 +1,9 @@
 """What steers a training run: the optimizer, its rate over the run, and when to stop."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -44,6 +45,49 @@ class EarlyStopping:
         if self._waited >= self.patience:
             return f"no better validation loss for {self.patience} epochs"
         return None
+
+    def state(self) -> dict[str, float]:
+        return {"best_loss": self.best_loss, "anchor": self._anchor, "waited": self._waited}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.best_loss, self._anchor, self._waited = state["best_loss"], state["anchor"], int(state["waited"])
+
+
+@dataclass
+class RateSchedule:
+    """The learning rate over the run, as a share of its peak. one_cycle, cosine and constant go by the share of the run that
+    is done, step by epochs, plateau by what validation says.
+    """
+
+    schedule: str
+    factor: float = 0.1
+    epochs: int = 3
+    _falls: int = field(default=0, init=False)
+    _best: float = field(default=math.inf, init=False)
+    _waited: int = field(default=0, init=False)
+
+    def at(self, epoch: int, progress: float) -> float:
+        """The share in this epoch (from 1), `progress` (0..1) through the run."""
+        if self.schedule == "step":
+            return self.factor ** ((epoch - 1) // self.epochs)
+        if self.schedule == "plateau":
+            return self.factor**self._falls
+        return learning_rate_factor(self.schedule, progress)
+
+    def epoch_ended(self, validation_loss: float) -> None:
+        """What plateau goes by; a fall starts the count of epochs anew."""
+        if validation_loss < self._best:
+            self._best, self._waited = validation_loss, 0
+            return
+        self._waited += 1
+        if self._waited >= self.epochs:
+            self._falls, self._waited = self._falls + 1, 0
+
+    def state(self) -> dict[str, float]:
+        return {"falls": self._falls, "best": self._best, "waited": self._waited}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._falls, self._best, self._waited = int(state["falls"]), state["best"], int(state["waited"])
 
 
 def learning_rate_factor(schedule: str, progress: float) -> float:

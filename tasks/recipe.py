@@ -60,6 +60,10 @@ class Augmentation(BaseModel):
     exposure: float = Field(default=0.0, ge=0, le=2, description="Expose by up to this many stops more or less")
 
 
+# How often a training is kept, and whether it is taken up again, changes nothing about what comes out.
+NOT_IDENTITY: Final = {"checkpoint_minutes", "resume"}
+
+
 class ThresholdRule(BaseModel):
     """How the operating threshold on the defect score is chosen, on the validation split."""
 

@@ -1,6 +1,9 @@
 """Which flow run this is, for which deployment, and whether another one is still alive."""
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
 
 _BY_HAND: Final = "by-hand"
 
@@ -24,6 +27,17 @@ def is_alive(run: str) -> bool:
 
     A run whose process was killed is alive until its missing heartbeats are noticed. Call it synchronously.
     """
+    known, state = _state_of(run)
+    return known and (state is None or not state.is_final() or state.is_completed())
+
+
+def is_running(run: str) -> bool:
+    """Whether the flow run exists and has not ended, in whatever way. Call it synchronously."""
+    known, state = _state_of(run)
+    return known and (state is None or not state.is_final())
+
+
+def _state_of(run: str) -> "tuple[bool, State | None]":
     from uuid import UUID
 
     from prefect.client.orchestration import get_client
@@ -32,10 +46,9 @@ def is_alive(run: str) -> bool:
     try:
         identity = UUID(run)
     except ValueError:
-        return False
+        return False, None
     try:
         with get_client(sync_client=True) as client:
-            state = client.read_flow_run(identity).state
+            return True, client.read_flow_run(identity).state
     except ObjectNotFound:
-        return False
-    return state is None or not state.is_final() or state.is_completed()
+        return False, None

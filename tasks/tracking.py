@@ -1,6 +1,7 @@
 """One MLflow run of training: what went in, how it went epoch by epoch, what came out. The versions are in registry.py."""
 
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tasks.passport import commit, passport
-from tasks.recipe import TrainConfig
+from tasks.recipe import NOT_IDENTITY, TrainConfig
 from tasks.registry import EVALUATION, FLOW_RUN_TAG, client_of, log_metrics
+from tasks.runs import this_stage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from tasks.training import Epoch
     from tasks.training_report import Outcome
 
+log = logging.getLogger(__name__)
+
+TRAINING_TAG: Final = "tirewatch.training"
 _DIGEST_LENGTH: Final = 36  # of the column in MLflow's database; the whole digest stands in the source and the tags
 
 
@@ -27,18 +32,22 @@ def open_run(
     config: TrainConfig,
     flow_run_id: str,
     flow_run_url: str,
+    training: str | None = None,
+    has_checkpoint: bool = False,
 ) -> str:
-    """A new MLflow run in the experiment of the dataset: parameters once, the dataset as input, the environment.
+    """The MLflow run of this training in the experiment of the dataset: parameters once, the dataset as input, the environment.
 
-    A run that the same flow run left unfinished (its process died and Prefect started it again) is closed as killed first,
-    so that no metric series mixes two attempts.
+    training: the identity of the work (tasks/checkpoints.py), where this flow run may take up what a dead one left: its MLflow
+    run goes on. What a flow run left open otherwise is closed as killed, so that no metric series mixes two attempts.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
     client = client_of(tracking_uri)
     experiment_id = _experiment(client, dataset.name)
-    for left in _runs_of(client, experiment_id, flow_run_id):
-        if left.info.status == "RUNNING":
+    known = _runs_with(client, experiment_id, TRAINING_TAG, training) if training else []
+    run_id = _to_continue(known, has_checkpoint)
+    for left in [*known, *_runs_with(client, experiment_id, FLOW_RUN_TAG, flow_run_id)]:
+        if left.info.status == "RUNNING" and left.info.run_id != run_id:
             client.set_terminated(left.info.run_id, "KILLED")
     digest = dataset.digest.removeprefix("sha256:")
     tags = {
@@ -47,12 +56,23 @@ def open_run(
         "mlflow.note.content": f"[Prefect run]({flow_run_url})",
         "mlflow.source.git.commit": commit(),
         **_identity(dataset, config),
+        **({TRAINING_TAG: training} if training else {}),
     }
-    run_id = str(client.create_run(experiment_id, run_name=f"{dataset.name} v{dataset.version}", tags=tags).info.run_id)
+    if run_id is None:
+        name = f"{dataset.name} v{dataset.version}"
+        run_id = str(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
+    else:
+        log.info("going on in the MLflow run %s", run_id)
+        client.update_run(run_id, "RUNNING")
+        tags["resumed"] = "the last time by the Prefect run above"
+    # Everything below may have been done by a run that died half-way: each is the same when it is done again.
     client.log_batch(
         run_id,
-        params=[Param(key, str(value)) for key, value in _flat(config.model_dump()).items()],
-        tags=[RunTag("mlflow.runName", f"{dataset.name} v{dataset.version} {config.architecture}")],
+        params=[Param(key, str(value)) for key, value in _flat(config.model_dump(exclude=NOT_IDENTITY)).items()],
+        tags=[
+            RunTag("mlflow.runName", f"{dataset.name} v{dataset.version} {config.architecture}"),
+            *(RunTag(key, value) for key, value in tags.items()),
+        ],
     )
     recorded = Dataset(
         name=f"{dataset.name} v{dataset.version}",
@@ -69,6 +89,11 @@ def open_run(
 def log_epoch(tracking_uri: str, run_id: str, epoch: "Epoch") -> None:
     """Loss, Accuracy, Precision, Recall and F1_Score of both splits, and the learning rate, as series over the epochs."""
     log_metrics(client_of(tracking_uri), run_id, series_of(epoch), epoch.number)
+
+
+def logged_epochs(tracking_uri: str, run_id: str) -> set[int]:
+    """Epochs whose figures the run has: one request logs all series of an epoch, so one of them tells for all."""
+    return {point.step for point in client_of(tracking_uri).get_metric_history(run_id, "train/Loss")}
 
 
 def series_of(epoch: "Epoch") -> dict[str, float]:
@@ -97,7 +122,10 @@ def log_outcome(tracking_uri: str, run_id: str, outcome: "Outcome", drawn: Mappi
 
     client = client_of(tracking_uri)
     link = client.get_run(run_id).data.tags.get("mlflow.note.content", "").split("\n", 1)[0]
-    log_metrics(client, run_id, summary_metrics(outcome))
+    if not client.get_metric_history(
+        run_id, "train_seconds"
+    ):  # else the run died after this, and its figures are the same
+        log_metrics(client, run_id, summary_metrics(outcome))
     client.log_dict(run_id, as_dict(outcome), EVALUATION)
     with tempfile.TemporaryDirectory(prefix="tirewatch-") as folder:
         for path, data in files(outcome, drawn).items():
@@ -136,15 +164,29 @@ def _experiment(client: "MlflowClient", name: str) -> str:
     if found is not None:
         return str(found.experiment_id)
     try:
-        return str(client.create_experiment(name))
+        return str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     return _experiment(client, name)
 
 
-def _runs_of(client: "MlflowClient", experiment_id: str, flow_run_id: str) -> list[Any]:
-    return list(client.search_runs([experiment_id], f"tags.`{FLOW_RUN_TAG}` = '{flow_run_id}'"))
+def _runs_with(client: "MlflowClient", experiment_id: str, tag: str, value: str) -> list[Any]:
+    """Newest first."""
+    return list(
+        client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", order_by=["attributes.start_time DESC"])
+    )
+
+
+def _to_continue(known: Sequence[Any], has_checkpoint: bool) -> str | None:
+    """The run of the work that was left: the newest one where there is a checkpoint; without one only a run that died before
+    its first epoch was told, because a second attempt at told epochs is another run.
+    """
+    if not known:
+        return None
+    newest = known[0]
+    barely_begun = newest.info.status != "FINISHED" and not newest.data.metrics
+    return str(newest.info.run_id) if has_checkpoint or barely_begun else None
 
 
 def _identity(dataset: "DatasetVersion", config: TrainConfig) -> dict[str, str]:
@@ -153,6 +195,9 @@ def _identity(dataset: "DatasetVersion", config: TrainConfig) -> dict[str, str]:
         "dataset_version": str(dataset.version),
         "dataset_digest": dataset.digest,
         "architecture": config.architecture,
+        "recipe": this_stage(),
+        "mlflow.source.name": this_stage(),
+        "mlflow.source.type": "JOB",
     }
 
 

@@ -26,6 +26,12 @@ QUICK = TrainConfig(
 CLASSES = ("dark", "light")
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Networks this small are slower on several threads, and many times slower while others use the processors."""
+    monkeypatch.setattr("tasks.training.processors", lambda: 1)
+
+
 def samples(count: int, seed: int = 0, classes: int = 2) -> Samples:
     """Noise around a grey that the class sets."""
     random = np.random.default_rng(seed)

@@ -1,0 +1,195 @@
+"""Where an interrupted training goes on: its states as objects on S3, and who may take them up.
+
+    checkpoints/<dataset>/<identity>/00000012.ckpt    a line of JSON (format, digest, MLflow run, epoch, step), then the state
+    line/training/<dataset>/<identity>/claim-0001.json    the flow run that works on it (tasks/claims.py)
+
+One object is one checkpoint, so there is no half one; its digest tells a damaged one, and then the one before it is taken.
+The identity is everything that decides the result, so any run for the same work finds them. All is gone when the work is done.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from tasks.claims import Subject, claim, claimant, release
+from tasks.recipe import NOT_IDENTITY, TrainConfig
+from tasks.storage import Store, list_objects, read, write
+
+if TYPE_CHECKING:
+    from tasks.dataset import DatasetVersion
+
+log = logging.getLogger(__name__)
+
+FORMAT: Final = 1  # of the state; another one is another identity
+KEPT: Final = 2  # the newest, and one before it should that be damaged
+PREFIX: Final = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Undertaking:
+    """A piece of training work and this run's right to its checkpoints. predecessor: the dead run it was taken over from."""
+
+    store: Store
+    dataset: str
+    identity: str
+    resumable: bool
+    predecessor: str | None = None
+
+    @property
+    def folder(self) -> str:
+        return f"{PREFIX}/{self.dataset}/{self.identity}/"
+
+    @property
+    def subject(self) -> Subject:
+        return Subject("training", f"{self.dataset}/{self.identity}")
+
+
+def identity_of(version: "DatasetVersion", config: TrainConfig, stage: str) -> str:
+    """32 hex digits over what decides the result of a training, and the deployment it is for."""
+    told = {
+        "dataset": version.name,
+        "digest": version.digest,
+        "config": config.model_dump(mode="json", exclude=NOT_IDENTITY),
+        "stage": stage,
+        "format": FORMAT,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def undertake(
+    store: Store,
+    version: "DatasetVersion",
+    config: TrainConfig,
+    stage: str,
+    run: str,
+    is_running: Callable[[str], bool],
+) -> Undertaking:
+    """Take up the training for `run`: with its checkpoints, unless another run that is running is at the same work (then both
+    train on their own) or the recipe wants none.
+    """
+    identity = identity_of(version, config, stage)
+    found = Undertaking(store, version.name, identity, resumable=False)
+    if not config.resume:
+        return found
+    before = claimant(store, found.subject)
+    if not claim(store, found.subject, run, is_running):
+        log.warning("run %s is at work on the same training: this one trains on its own, without checkpoints", before)
+        return found
+    return Undertaking(store, version.name, identity, resumable=True, predecessor=before if before != run else None)
+
+
+def conclude(work: Undertaking) -> None:
+    """The work is done: nothing to take up is left."""
+    if work.resumable:
+        _delete_for_good(work.store, work.folder)
+        release(work.store, work.subject)
+
+
+def has_checkpoint(work: Undertaking) -> bool:
+    return work.resumable and bool(_keys(work))
+
+
+def save(work: Undertaking, state: dict[str, Any], run_id: str) -> None:
+    """Write the state as the newest checkpoint, then remove what is older than the one before it."""
+    import torch
+
+    payload = io.BytesIO()
+    torch.save(state, payload)
+    data = payload.getbuffer()
+    header = {
+        "format": FORMAT,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "mlflow_run": run_id,
+        "epochs": len(state["epochs"]),
+        "step": state["step"],
+        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    keys = _keys(work)
+    number = _number(keys[-1]) + 1 if keys else 1
+    write(work.store, f"{work.folder}{number:08d}.ckpt", json.dumps(header).encode() + b"\n" + data)
+    for old in keys[: -(KEPT - 1)]:
+        _delete_for_good(work.store, old)
+
+
+def keeping(work: Undertaking, run_id: str) -> Callable[[dict[str, Any]], None] | None:
+    """What keeps a training's states; None where it is not to be taken up.
+
+    A store that does not answer costs a checkpoint, not the training: it is told in the log and tried again with the next.
+    """
+    if not work.resumable:
+        return None
+
+    def keep(state: dict[str, Any]) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+        from obstore.exceptions import BaseError
+
+        try:
+            save(work, state, run_id)
+        except (BaseError, BotoCoreError, ClientError, OSError) as error:
+            log.warning("no checkpoint after %d epochs, the one before stays: %s", len(state["epochs"]), error)
+
+    return keep
+
+
+def newest(work: Undertaking) -> dict[str, Any] | None:
+    """The state of the newest checkpoint that is whole; None where there is none, or the work is not to be resumed."""
+    for key in reversed(_keys(work)) if work.resumable else ():
+        try:
+            state = unpacked(read(work.store, key))
+        except ValueError as error:
+            log.warning("checkpoint %s is damaged, taking the one before it: %s", work.store.uri(key), error)
+            continue
+        log.info("going on from %s: %d epochs and %d steps done", key, len(state["epochs"]), state["step"])
+        return state
+    return None
+
+
+def unpacked(data: bytes) -> dict[str, Any]:
+    """The state in a checkpoint's bytes, read without running code of its own. ValueError where it is not whole."""
+    import torch
+
+    line, _, payload = data.partition(b"\n")
+    try:
+        header = json.loads(line)
+    except ValueError as error:
+        raise ValueError("its first line is no header") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(f"its format is {header.get('format')}, this version reads {FORMAT}")
+    if hashlib.sha256(payload).hexdigest() != header.get("sha256"):
+        raise ValueError(f"its {len(payload)} bytes do not have the digest that its header names")
+    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return state
+
+
+def _keys(work: Undertaking) -> list[str]:
+    return [each.key for each in list_objects(work.store, work.folder) if each.key.endswith(".ckpt")]
+
+
+def _delete_for_good(store: Store, prefix: str) -> None:
+    """Every version of every object below the prefix: in a bucket that keeps versions, old checkpoints would fill it."""
+    import boto3
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=store.endpoint_url,
+        aws_access_key_id=store.access_key_id,
+        aws_secret_access_key=store.secret_access_key,
+        region_name=store.region,
+    )
+    for page in client.get_paginator("list_object_versions").paginate(Bucket=store.bucket, Prefix=prefix):
+        entries = [*page.get("Versions", ()), *page.get("DeleteMarkers", ())]
+        doomed: list[Any] = [{"Key": each["Key"], "VersionId": each["VersionId"]} for each in entries]
+        if not doomed:
+            continue
+        answer = client.delete_objects(Bucket=store.bucket, Delete={"Objects": doomed, "Quiet": True})
+        for error in answer.get("Errors", ()):
+            log.warning("%s stays (%s): does the role have s3:DeleteObjectVersion?", error["Key"], error["Code"])
+
+
+def _number(key: str) -> int:
+    return int(key.rsplit("/", 1)[-1].removesuffix(".ckpt"))
