@@ -37,14 +37,7 @@ def load_module(path: Path):
 preflight = load_module(LAUNCHER.with_name("preflight.py"))
 
 
-@pytest.fixture(scope="module")
-def launch():
-    """The launcher as a module; this environment's numpy does for what is asked of it here."""
-    sys.path.insert(0, str(LAUNCHER.parent))
-    try:
-        yield load_module(LAUNCHER)
-    finally:
-        sys.path.remove(str(LAUNCHER.parent))
+bring_up = load_module(LAUNCHER.with_name("bring_up.py"))  # this environment's numpy does for what is asked of it here
 
 
 def line(python: Path | str, root: Path, launcher: Path = LAUNCHER, flags: tuple[str, ...] = ()) -> list[str]:
@@ -149,10 +142,10 @@ def test_a_server_that_changes_known_bytes_does_not_serve(tmp_path, triton_pytho
     assert services.is_free(port)
 
 
-def test_known_tensors_would_show_a_wrong_stride_a_wrong_order_and_a_wrong_width(launch):
+def test_known_tensors_would_show_a_wrong_stride_a_wrong_order_and_a_wrong_width():
     import numpy as np
 
-    for name, (_, tensor) in launch.known_tensors().items():
+    for name, (_, tensor) in bring_up.known_tensors().items():
         flat = tensor.ravel()
         assert len(np.unique(flat)) > 1, name
         assert not np.array_equal(flat, flat[::-1]), name
@@ -380,9 +373,9 @@ def test_the_backend_files_are_copies_that_the_server_accepts(triton):
     assert os.access(triton.root / "backends" / "python" / "triton_python_backend_stub", os.X_OK)
 
 
-def test_routed_models_are_networks_first_then_doors(tmp_path, launch):
+def test_routed_models_are_networks_first_then_doors(tmp_path):
     for model in ("b", "a"):
         table = promoted(promoted(None, model, Route(f"{model}_onnx_32", 1)), model, Route(f"{model}_onnx_64", 2))
         write_routing(tmp_path, table)
-    assert launch.routed_models(tmp_path) == ["a_onnx_32", "a_onnx_64", "b_onnx_32", "b_onnx_64", "a", "b"]
+    assert bring_up.routed_models(tmp_path) == ["a_onnx_32", "a_onnx_64", "b_onnx_32", "b_onnx_64", "a", "b"]
     assert json.loads((tmp_path / "routing" / "a.json").read_text())["previous"]["network"] == "a_onnx_32"

@@ -3,17 +3,13 @@
     .venv-triton/bin/python triton/launch.py --root ROOT --http-port P --grpc-port P --metrics-port P --admin-key-file F
 
 Order: what is missing on this machine is said in one sentence; what a killed predecessor left is removed; the server starts
-with nothing but an echo; known bytes go through it and must come back (with numpy 2 they would not, without any error);
-only then the models that `routing/*.json` name are loaded. Version 2 of `selfcheck` is ready when everything is.
-The standard library and numpy only.
+with nothing but an echo; then `bring_up.py` proves that known bytes pass and has everything loaded. The standard library only.
 """
 
 import argparse
 import ctypes
 import fcntl
 import hashlib
-import http.client
-import json
 import os
 import shutil
 import signal
@@ -23,24 +19,12 @@ import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from bring_up import ADMIN_HEADER, SELFCHECK, Refusal, bring_up, np
 from preflight import problems, shared_library
-
-try:
-    import numpy as np
-except ModuleNotFoundError:  # said in a sentence by check_machine
-    np = None
 
 SOURCE = Path(__file__).resolve().parent
 RESTRICTED = "model-repository,model-config,shared-memory,statistics,trace,logging"
-ADMIN_HEADER = "tirewatch-admin"
-READY_WITHIN = 60.0
-LOAD_WITHIN = 300.0
-SELFCHECK = "selfcheck"
 BYTECODE = shutil.ignore_patterns("__pycache__")
-
-
-class Refusal(RuntimeError):
-    """The server must not serve; the message is one sentence."""
 
 
 def main():
@@ -87,15 +71,6 @@ def serve(chosen):
         end(server)
         clean(prefix)
         held.close()
-
-
-def bring_up(server, root, port, key):
-    """Waits for the server, proves that bytes pass unchanged, then loads what is routed."""
-    wait_until_live(server, port)
-    check_echo(port)
-    for model in routed_models(root):
-        load(port, model, key)
-    load_selfcheck_ready(root, port, key)
 
 
 def hold(root):
@@ -225,12 +200,6 @@ def selfcheck_repository(root):
     return directory
 
 
-def load_selfcheck_ready(root, port, key):
-    model = root / "selfcheck" / SELFCHECK
-    shutil.copytree(model / "1", model / "2")
-    load(port, SELFCHECK, key)
-
-
 def shm_prefix(root):
     """Prefix of this root's shared-memory regions; the stubs carry it in their command line."""
     return f"tirewatch_{hashlib.sha256(str(root).encode()).hexdigest()[:12]}_"
@@ -263,106 +232,6 @@ def leftovers(prefix):
         if ours and any(prefix in argument for argument in arguments):
             found.append(int(file.parent.name))
     return found
-
-
-def wait_until_live(server, port):
-    deadline = time.monotonic() + READY_WITHIN
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise Refusal(f"tritonserver ended with {server.returncode} at its start; its own words are above.")
-        try:
-            if request(port, "GET", f"/v2/models/{SELFCHECK}/ready")[0] == 200:
-                return
-        except OSError:
-            pass
-        time.sleep(0.05)
-    raise Refusal(f"tritonserver did not answer on 127.0.0.1:{port} within {READY_WITHIN:.0f} s.")
-
-
-def known_tensors():
-    """Several types and shapes, none of them symmetric: what a wrong stride or width would change."""
-    counting = np.arange(3 * 5 * 7 * 3)
-    return {
-        "bytes": ("UINT8", (np.arange(1021) * 37 % 251).astype(np.uint8)),
-        "pixels": ("UINT8", (counting * 31 % 253).astype(np.uint8).reshape(3, 5, 7, 3)),
-        "floats": ("FP32", np.linspace(-1e3, 1e3, 391, dtype=np.float32).reshape(17, 23)),
-        "integers": ("INT64", np.array([1, -2, 3, 2**40], dtype=np.int64)),
-    }
-
-
-def check_echo(port):
-    """Raises Refusal when known tensors come back changed."""
-    for name, (kind, sent) in known_tensors().items():
-        came = echo(port, name, kind, sent)
-        if came.shape != sent.shape or not np.array_equal(came, sent):
-            raise Refusal(
-                f"known {kind} values came back changed through the Python backend ({name}: sent {sent.ravel()[:4].tolist()}, "
-                f"got {came.ravel()[:4].tolist()}): the serving environment does not fit this server, run `make install`."
-            )
-
-
-def echo(port, name, kind, sent):
-    """The tensor as the server gives it back, over the binary tensor extension of HTTP."""
-    data = sent.tobytes()
-    described = {
-        "name": name,
-        "shape": list(sent.shape),
-        "datatype": kind,
-        "parameters": {"binary_data_size": len(data)},
-    }
-    asked = {"inputs": [described], "outputs": [{"name": name, "parameters": {"binary_data": True}}]}
-    header = json.dumps(asked).encode()
-    status, answer, headers = request(
-        port,
-        "POST",
-        f"/v2/models/{SELFCHECK}/infer",
-        header + data,
-        {"Inference-Header-Content-Length": str(len(header)), "Content-Type": "application/octet-stream"},
-    )
-    if status != 200:
-        raise Refusal(f"the echo of {name} failed with HTTP {status}: {answer[:300].decode(errors='replace')}")
-    length = int(headers.get("Inference-Header-Content-Length", len(answer)))
-    output = json.loads(answer[:length])["outputs"][0]
-    return np.frombuffer(answer[length:], dtype=sent.dtype).reshape(output["shape"]) if answer[length:] else sent[:0]
-
-
-def routed_models(root):
-    """What the routing tables name: the network models first, then the front doors that need them."""
-    networks, doors = set(), []
-    for path in sorted((root / "routing").glob("*.json")):
-        try:
-            table = json.loads(path.read_text())
-            networks |= {table[role]["network"] for role in ("champion", "previous", "challenger") if table.get(role)}
-        except (ValueError, KeyError, TypeError) as error:
-            print(f"{path} is no routing table ({error}): {path.stem} is not served", file=sys.stderr, flush=True)
-            continue
-        doors.append(path.stem)
-    return [*sorted(networks), *doors]
-
-
-def load(port, model, key):
-    """Loads one model. A model that fails is said aloud and does not keep the others from serving."""
-    headers = {ADMIN_HEADER: key} if key else {}
-    status, answer, _ = request(port, "POST", f"/v2/repository/models/{model}/load", b"{}", headers, LOAD_WITHIN)
-    if status != 200:
-        print(
-            f"{model} was not loaded (HTTP {status}): {answer[:1000].decode(errors='replace')}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def request(port, method, path, body=None, headers=None, timeout=10.0):
-    """(status, body, headers) of one HTTP request to the server. Raises OSError while nobody listens."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
-        connection.request(method, path, body, headers or {})
-        answer = connection.getresponse()
-        return answer.status, answer.read(), answer.headers
-    except http.client.HTTPException as error:
-        raise OSError(str(error)) from error
-    finally:
-        connection.close()
 
 
 def end(server):
