@@ -126,8 +126,8 @@ def _calibration(judged: "Judged") -> str:
     direction = "too sure of itself" if found.temperature > 1 else "less sure than it may be"
     return (
         f"The network was {direction}: its logits are divided by the temperature {found.temperature:.3f} before the softmax "
-        f"(negative log-likelihood of the validation split {found.nll_before:.4f} -> {found.nll_after:.4f}). The threshold "
-        "is one on these calibrated scores."
+        f"(negative log-likelihood of the validation split {found.nll_before:.4f} -> {found.nll_after:.4f})."
+        + (" The threshold is one on these calibrated scores." if judged.rule.threshold is not None else "")
     )
 
 
@@ -156,10 +156,11 @@ def _weak_table(found: Sequence[Slice]) -> str:
     surely = weak(found)
     named = [each for each in found if each.column != "label"] or list(found)
     shown = surely or sorted(named, key=lambda each: each.accuracy)
+    head = ["part", "errors", "accuracy", "p value", *(["escapes"] if shown[0].operating else [])]
     lines = [
         (
             *(f"{each.column}: {each.value}", f"{each.errors} of {each.count}"),
-            *(f"{each.accuracy:.4f} (at least {each.accuracy_lower:.4f})", _escapes(each), f"{each.chance:.2g}"),
+            *(f"{each.accuracy:.4f} (at least {each.accuracy_lower:.4f})", f"{each.chance:.2g}", *_escapes(each)),
         )
         for each in shown[:WEAKEST_SHOWN]
     ]
@@ -168,12 +169,15 @@ def _weak_table(found: Sequence[Slice]) -> str:
         if surely
         else f"None of {len(found)} parts of the split has more errors than chance explains. The least accurate ones:"
     )
-    return f"{told}\n\n{_table(('part', 'errors', 'accuracy', 'escapes', 'p value'), lines)}"
+    return f"{told}\n\n{_table(head, lines)}"
 
 
-def _escapes(part: Slice) -> str:
+def _escapes(part: Slice) -> list[str]:
+    """The cell of the column that only tasks with defects have."""
     point = part.operating
-    return _rate(point.escapes, point.defects, point.escape_upper) if point and point.defects else ""
+    if point is None:
+        return []
+    return [_rate(point.escapes, point.defects, point.escape_upper) if point.defects else ""]
 
 
 def _explanation(explanation: bytes | str) -> list[str]:
@@ -244,7 +248,7 @@ def _metrics(found: "Finding") -> dict[str, float]:
 def as_dict(outcome: Outcome) -> dict[str, Any]:
     """evaluation.json: everything that was found, for programs."""
     trained = outcome.trained
-    return {
+    found = {
         "stopped": trained.stopped,
         "best_epoch": trained.best_epoch,
         "epochs": len(trained.epochs),
@@ -256,6 +260,17 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
         "validation": _found(outcome.judged.validation),
         "test": _found(outcome.test) if outcome.test else None,
     }
+    plain: dict[str, Any] = _plain(found)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """null for what is not a number, such as a rate of nothing: NaN is no JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _found(finding: "Finding") -> dict[str, Any]:
