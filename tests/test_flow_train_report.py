@@ -1,7 +1,5 @@
 """What a training run leaves for people in MLflow and Prefect, and that its test split decides nothing: real services."""
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
@@ -136,28 +134,3 @@ def test_the_evaluation_that_is_stored_is_what_the_metrics_say(here, honest, run
     assert stored["test"]["figures"]["accuracy"] == pytest.approx(metrics["test_accuracy"])
     assert stored["calibration"]["temperature"] == pytest.approx(metrics["temperature"])
     assert sum(part["count"] for part in stored["test"]["slices"] if part["column"] == "sharpness") == 60
-
-
-@pytest.mark.slow
-@pytest.mark.browser
-def test_the_page_shows_all_its_pictures_in_a_browser(honest, prefect_api, tmp_path):
-    from playwright.sync_api import sync_playwright
-    from prefect.client.orchestration import get_client
-
-    chromium = next((path for path in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(path).exists()), None)
-    if chromium is None:
-        pytest.skip("no Chromium is installed (apt install chromium)")
-    with get_client(sync_client=True) as client:
-        found = client.request("POST", "/artifacts/latest/filter", json={}).json()
-    artifact = next(each["latest_id"] for each in found if each["key"] == "training-honest")
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1400, "height": 1400})
-        page.goto(f"{prefect_api.removesuffix('/api')}/artifacts/artifact/{artifact}")
-        page.wait_for_selector("img[src^='data:image/png']", timeout=60_000)
-        widths = page.eval_on_selector_all("img[src^='data:image/png']", "all => all.map(one => one.naturalWidth)")
-        text = page.inner_text("body")
-        page.screenshot(path=str(tmp_path / "training.png"), full_page=True)
-        browser.close()
-    assert len(widths) == 3 and min(widths) > 500
-    assert "Where it is weak" in text and "Worst errors" not in text, "the heading of the sheet is in the picture"

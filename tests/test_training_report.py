@@ -4,6 +4,7 @@ import json
 import re
 from base64 import b64decode
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -176,3 +177,34 @@ def test_tensorboard_reads_the_series_of_every_epoch(tmp_path):
 def test_a_training_without_an_epoch_leaves_an_empty_log(tmp_path):
     write_tensorboard(tmp_path / "tensorboard", ())
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_page_shows_its_tables_and_all_its_pictures_in_a_browser(outcome, drawn, start_service, tmp_path):
+    import httpx
+    from playwright.sync_api import sync_playwright
+
+    from deploy import services
+
+    chromium = next((path for path in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(path).exists()), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed (apt install chromium)")
+    running = start_service(services.prefect(tmp_path, services.free_ports(1)[0]), tmp_path / "prefect.log", 120)
+    try:
+        text = page(outcome, drawn, "http://mlflow/run")
+        artifact = {"key": "training-tire", "type": "markdown", "data": text}
+        made = httpx.post(f"{running.service.url}/api/artifacts/", json=artifact, timeout=30).json()["id"]
+        with sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            shown = browser.new_page(viewport={"width": 1400, "height": 1400})
+            shown.goto(f"{running.service.url}/artifacts/artifact/{made}", timeout=60_000)
+            shown.wait_for_selector("img[src^='data:image/png']", timeout=60_000)
+            widths = shown.eval_on_selector_all("img[src^='data:image/png']", "all => all.map(one => one.naturalWidth)")
+            cells = shown.eval_on_selector_all("table td", "all => all.map(one => one.innerText)")
+            shown.screenshot(path=str(tmp_path / "training.png"), full_page=True)
+            browser.close()
+    finally:
+        running.stop()
+    assert len(widths) == 3 and min(widths) >= 300
+    assert "line: south | dock" in cells and "balanced accuracy" in cells
