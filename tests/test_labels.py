@@ -1,0 +1,262 @@
+"""Confident learning on arrays, what a person decides, and how far people agree."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tasks.agreement import Votes, collected, consensus, fleiss_kappa, pair_agreements, read_votes
+from tasks.label_review import review_document, reviewed
+from tasks.labels import by_features, folds_of, opinion, require_judgeable
+
+Labels = NDArray[np.int64]
+CLASSES = ("cut", "good", "worn")
+ONE, TWO, THREE = ("a" * 64, "b" * 64, "c" * 64)
+
+
+def clouds(count: int, twins: int = 1, spread: float = 1.0) -> tuple[NDArray[np.float32], Labels, Labels]:
+    """Features of three classes, their labels, and groups of `twins` almost equal rows."""
+    random = np.random.default_rng(5)
+    labels = np.arange(count) // twins % 3
+    centres = random.normal(size=(3, 12)) * 2
+    one = np.repeat(random.normal(size=(-(-count // twins), 12)), twins, axis=0)[:count]
+    features = centres[labels] + spread * one + 0.01 * random.normal(size=(count, 12))
+    return features.astype(np.float32), labels, np.arange(count) // twins
+
+
+def test_flipped_labels_come_first_with_the_true_class_as_suggestion() -> None:
+    features, labels, groups = clouds(600)
+    wrong = np.random.default_rng(1).choice(600, 30, replace=False)
+    noisy = labels.copy()
+    noisy[wrong] = (noisy[wrong] + 1) % 3
+    probabilities, _ = by_features(features, noisy, groups, 3, folds=5, rounds=2, seed=0)
+    found = opinion(noisy, probabilities, CLASSES)
+    assert len(set(found.order[:30].tolist()) & set(wrong.tolist())) >= 28
+    assert found.suspect[wrong].mean() > 0.9 and found.suspect.sum() < 45
+    assert (found.suggested[wrong] == labels[wrong]).mean() > 0.9
+    assert 0.03 < found.error_rate < 0.07
+    pairs = {(pair.given, pair.likely): pair.photographs for pair in found.noise}
+    turned = [("good", "cut"), ("worn", "good"), ("cut", "worn")]
+    assert sum(pairs[pair] for pair in turned) > 4 * (sum(pairs.values()) - sum(pairs[pair] for pair in turned))
+
+
+def test_clean_labels_of_classes_far_apart_are_not_doubted() -> None:
+    features, labels, groups = clouds(300, spread=0.1)
+    found = opinion(labels, by_features(features, labels, groups, 3, 5, 1, 0)[0], CLASSES)
+    assert (found.suspect.sum(), found.agreement) == (0, 1.0)
+    assert found.error_rate < 0.01
+
+
+def test_a_twin_with_the_same_wrong_label_does_not_vouch_for_it() -> None:
+    """Twelve photographs of each group, all wrong alike: only a judge that sees none of the group can say so."""
+    features, labels, groups = clouds(720, twins=12)
+    noisy = labels.copy()
+    noisy[groups == 7] = (noisy[groups == 7] + 1) % 3
+    apart = by_features(features, noisy, groups, 3, 5, 1, 0)[0][groups == 7, (labels[groups == 7][0] + 1) % 3]
+    alone = np.arange(720)
+    together = by_features(features, noisy, alone, 3, 5, 1, 0)[0][groups == 7, (labels[groups == 7][0] + 1) % 3]
+    assert apart.mean() < 0.2
+    assert together.mean() > 2 * apart.mean()
+
+
+def test_no_group_stands_on_both_sides_and_every_class_is_learnt_in_every_fold() -> None:
+    labels = np.array([0] * 40 + [1] * 40 + [2] * 4)
+    groups = np.concatenate([np.arange(40) // 2, 20 + np.arange(40) // 4, [90, 90, 91, 91]])
+    seen = np.zeros(84, int)
+    for seed in range(5):
+        for rest, held in folds_of(labels, groups, 5, seed):
+            assert not set(groups[rest]) & set(groups[held])
+            assert set(labels[rest]) == {0, 1, 2}
+            seen[held] += 1
+    assert (seen == 5).all()
+
+
+def test_the_same_seed_gives_the_same_probabilities() -> None:
+    features, labels, groups = clouds(120, spread=2)
+    first, again, other = (by_features(features, labels, groups, 3, 4, 2, seed)[0] for seed in (3, 3, 4))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "message"),
+    [
+        ([0, 0], ("good",), r"the only class is \['good'\]"),
+        ([0, 0, 1, 1], ("good", "worn"), r"class 'worn' has photographs of 1 group"),
+        ([0, 0, 0, 0], ("good", "worn"), r"class 'worn' has photographs of 0 group"),
+    ],
+)
+def test_what_no_cross_validation_can_judge_is_refused(
+    labels: list[int], classes: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        require_judgeable(np.array(labels), np.array([0, 1, 2, 2])[: len(labels)], classes)
+
+
+def test_probabilities_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(4, 2\).*4 labels of 3 classes"):
+        opinion(np.array([0, 1, 2, 0]), np.full((4, 2), 0.5), CLASSES)
+
+
+def edited(*entries: dict[str, str], comma: str = "") -> bytes:
+    document = review_document("tire", 3, entries)
+    return document.replace(b"\n]}}", comma.encode() + b"\n]}}")
+
+
+def entry(sha256: str, label: str, given: str = "good") -> dict[str, str]:
+    return {"sha256": sha256, "label_value": label, "given_label": given}
+
+
+KNOWN = {ONE: "good", TWO: "good", THREE: "worn"}
+
+
+def test_a_review_says_what_is_corrected_and_what_is_confirmed() -> None:
+    found = reviewed(edited(entry(ONE, "worn"), entry(TWO, "good"), comma=","), KNOWN, CLASSES)
+    assert [(each["sha256"], each["label_value"]) for each in found.entries] == [(ONE, "worn")]
+    assert found.confirmed == {TWO: "good"}
+
+
+def test_a_review_that_is_submitted_after_its_ingest_says_the_same_again() -> None:
+    document = edited(entry(ONE, "worn"), entry(TWO, "good"))
+    assert reviewed(document, {**KNOWN, ONE: "worn"}, CLASSES) == reviewed(document, KNOWN, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (b"{", "annotations.json cannot be read"),
+        (b'{"annotation": {"data": 3}}', "not a list of objects"),
+        (edited(entry("f" * 64, "worn")), r"entry 1 .*sha256 is 'ffff.*does not hold"),
+        (edited({"label_value": "worn"}), r"entry 1 .*sha256 is None"),
+        (
+            edited(entry(ONE, "wron")),
+            r"entry 1 \S+ \S+ \(sha256 aaaaaaaaaaaa\): label_value is 'wron'; write one of cut, good, worn",
+        ),
+        (edited(entry(ONE, "worn"), entry(ONE, "cut")), r"entry 2 .*called 'worn' above and 'cut' here"),
+        (edited(entry(THREE, "cut")), r"labelled 'good' when this was made, 'worn' by now"),
+    ],
+)
+def test_a_review_that_was_edited_wrongly_names_the_entry(document: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reviewed(document, KNOWN, CLASSES)
+
+
+def votes(table: list[list[int]], classes: int) -> Votes:
+    made = np.array(table)
+    names = tuple(str(number) for number in range(classes))
+    people = tuple(f"p{column:02d}" for column in range(made.shape[1]))
+    return Votes(tuple(f"{row:064x}" for row in range(len(made))), people, names, made)
+
+
+# Ten subjects, fourteen raters, five categories: the worked example of the article "Fleiss' kappa" (0.210).
+FLEISS = [
+    [0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
+    [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7],
+]  # fmt: skip
+
+
+def test_fleiss_kappa_is_that_of_the_worked_example() -> None:
+    table = [[number for number, count in enumerate(row) for _ in range(count)] for row in FLEISS]
+    assert fleiss_kappa(votes(table, 5)) == pytest.approx(0.210, abs=0.0005)
+
+
+def test_fleiss_kappa_of_two_raters_is_scotts_pi_and_ignores_photographs_with_one_vote() -> None:
+    table = [[0, 0]] * 45 + [[0, 1]] * 15 + [[1, 0]] * 25 + [[1, 1]] * 15
+    assert fleiss_kappa(votes(table, 2)) == pytest.approx((0.60 - 0.545) / (1 - 0.545))
+    assert fleiss_kappa(votes([*table, [1, -1], [-1, 1]], 2)) == fleiss_kappa(votes(table, 2))
+
+
+def test_cohens_kappa_is_that_of_the_worked_example() -> None:
+    """Fifty proposals, two readers (article "Cohen's kappa"): kappa 0.4."""
+    table = [[1, 1]] * 20 + [[1, 0]] * 5 + [[0, 1]] * 10 + [[0, 0]] * 15
+    [pair] = pair_agreements(votes(table, 2))
+    assert (pair.photographs, pair.same) == (50, 0.7)
+    assert pair.kappa == pytest.approx(0.4)
+
+
+def test_agreement_on_one_label_alone_has_no_kappa() -> None:
+    same = votes([[1, 1], [1, 1]], 2)
+    assert np.isnan(pair_agreements(same)[0].kappa) and np.isnan(fleiss_kappa(same))
+
+
+def test_the_careless_annotator_is_found_and_outvoted() -> None:
+    random = np.random.default_rng(3)
+    truth = random.integers(0, 3, 300)
+    table = np.stack([truth] * 4, axis=1)
+    for column, share in enumerate((0.05, 0.08, 0.1, 0.5)):
+        wrong = random.random(300) < share
+        table[wrong, column] = (truth[wrong] + random.integers(1, 3, wrong.sum())) % 3
+    absent = random.random(table.shape) < 0.3
+    absent[absent.all(axis=1), 0] = False  # everything has one vote at least
+    table[absent] = -1
+    model = np.full((300, 3), 0.1)
+    model[np.arange(300), truth] = 0.8
+    asked = votes(table.tolist(), 3)
+    by_model, by_count = consensus(asked, model), consensus(asked)
+    assert by_model.annotators[0].name == "p03"
+    assert by_model.annotators[0].quality < 0.7 < by_model.annotators[1].quality
+    assert (by_model.labels == truth).mean() > 0.97 > (by_count.labels == truth).mean() > 0.85
+    assert by_count.annotators[0].name == "p03"
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Callable[..., Path]:
+    def written(*rows: tuple[str, ...], header: tuple[str, ...] = ("sha256", "annotator", "label")) -> Path:
+        path = tmp_path / "votes.csv"
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+        return path
+
+    return written
+
+
+def test_votes_are_read_and_an_equal_one_twice_counts_once(table: Callable[..., Path]) -> None:
+    path = table((ONE, "ada", "good"), (ONE, "bob", "worn"), (TWO, "ada", "worn"), (ONE, "ada", "good"))
+    found = read_votes(path)
+    assert (found.annotators, found.classes) == (("ada", "bob"), ("good", "worn"))
+    assert found.table.tolist() == [[0, 1], [1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(ONE, "ada", "good"), (ONE, "", "good")], r"votes.csv, line 3: annotator is blank"),
+        ([(ONE, "ada", "good"), (ONE, "bob")], r"votes.csv, line 3: label is blank"),
+        ([(ONE, "ada", "good"), (ONE, "bob", "odd")], r"line 3: label 'odd' is not one of cut, good, worn"),
+        (
+            [(ONE, "ada", "good"), (ONE, "ada", "worn")],
+            r"line 3: 'ada' calls photograph aaaaaaaaaaaa 'worn', and 'good' in",
+        ),
+        ([(ONE, "ada", "good"), (TWO, "bob", "worn")], r"no photograph has labels of two people"),
+        ([], r"no photograph has labels of two people"),
+    ],
+)
+def test_votes_that_cannot_be_used_are_named(
+    table: Callable[..., Path], rows: list[tuple[str, ...]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_votes(table(*rows), CLASSES)
+
+
+def test_a_table_with_other_columns_says_which_are_missing(table: Callable[..., Path]) -> None:
+    with pytest.raises(
+        ValueError, match=r"lacks the column annotator, sha256: the columns are sha256, annotator, label"
+    ):
+        read_votes(table(header=("file", "who", "label")))
+
+
+def test_votes_may_come_from_anywhere_with_their_place() -> None:
+    told = [("row 1", ONE, "ada", "good"), ("row 2", ONE, "bob", None)]
+    with pytest.raises(ValueError, match="row 2: label is blank"):
+        collected(told)
+
+
+def test_a_review_document_is_one_entry_a_line_and_an_annotation_that_corrects() -> None:
+    document = edited(entry(ONE, "worn"), entry(TWO, "cut"))
+    told = json.loads(document)["annotation"]
+    assert (told["corrects"], told["dataset_version"], len(told["data"])) == (True, 3, 2)
+    assert sum(line.startswith(b'{"sha256"') for line in document.splitlines()) == 2
