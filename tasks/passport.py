@@ -40,7 +40,7 @@ def passport() -> dict[str, str]:
         "python": sys.version.split()[0],
         "cpu": _processor(),
         "cores": str(os.cpu_count() or 0),
-        **_accelerators(),
+        **gpus(),
         **{name: _version(name) for name in PACKAGES},
     }
 
@@ -64,7 +64,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _accelerators(driver: Path = Path("/proc/driver/nvidia")) -> dict[str, str]:
+def gpus(driver: Path = Path("/proc/driver/nvidia")) -> dict[str, str]:
     """The GPUs that NVIDIA's driver lists, whether training uses them or not. torch is not asked: it may not be loaded yet."""
     models = [
         line.split(":", 1)[1].strip()

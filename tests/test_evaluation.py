@@ -5,7 +5,17 @@ from hypothesis import strategies as st
 from sklearn import metrics
 
 from tasks.decision import DecisionRule, score
-from tasks.evaluation import calibration_error, choose_threshold, evaluate, rank_auc, upper_bound
+from tasks.evaluation import (
+    MOST_CURVES,
+    RELIABILITY_BINS,
+    calibration_error,
+    choose_threshold,
+    curves,
+    evaluate,
+    rank_auc,
+    reliability,
+    upper_bound,
+)
 from tasks.recipe import ThresholdRule
 
 RULE = DecisionRule(("crack", "good", "stain"), ("crack", "stain"), 0.4)
@@ -28,6 +38,9 @@ def test_detection_figures_agree_with_scikit_learn():
     assert found.figures.recall == pytest.approx(metrics.recall_score(is_defect, rejected))
     assert found.figures.f1 == pytest.approx(metrics.f1_score(is_defect, rejected))
     assert found.auc == pytest.approx(metrics.roc_auc_score(is_defect, score(probabilities, RULE)))
+    assert found.average_precision == pytest.approx(
+        metrics.average_precision_score(is_defect, score(probabilities, RULE))
+    )
 
 
 def test_several_classes_without_a_defect_are_class_means_and_agree_with_scikit_learn():
@@ -38,6 +51,8 @@ def test_several_classes_without_a_defect_are_class_means_and_agree_with_scikit_
     assert found.figures.balanced_accuracy == pytest.approx(metrics.balanced_accuracy_score(truth, decided))
     assert found.figures.f1 == pytest.approx(metrics.f1_score(truth, decided, average="macro"))
     assert found.auc == pytest.approx(metrics.roc_auc_score(truth, probabilities, multi_class="ovr"))
+    one_hot = np.eye(3)[truth]
+    assert found.average_precision == pytest.approx(metrics.average_precision_score(one_hot, probabilities))
     assert found.operating is None
     assert np.array_equal(found.confusion, metrics.confusion_matrix(truth, decided))
 
@@ -77,6 +92,36 @@ def test_confident_and_right_is_calibrated_and_confident_and_wrong_is_not():
     sure = np.array([[0.99, 0.01]] * 50)
     assert calibration_error(sure, np.zeros(50, dtype=int)) == pytest.approx(0.01)
     assert calibration_error(sure, np.ones(50, dtype=int)) == pytest.approx(0.99)
+
+
+def test_the_reliability_bins_hold_every_photograph_and_agree_with_the_error():
+    probabilities, truth = some(500)
+    bins = reliability(probabilities, truth)
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
+    assert bins.count.sum() == 500 and len(bins.count) <= RELIABILITY_BINS and bins.count.min() > 0
+    assert np.dot(bins.count, bins.confidence) == pytest.approx(confidence.sum())
+    assert np.dot(bins.count, bins.right) == pytest.approx(right.sum())
+    gaps = 0.0
+    for low in np.arange(RELIABILITY_BINS) / RELIABILITY_BINS:  # the definition, bin by bin
+        inside = (confidence >= low) & (confidence < low + 1 / RELIABILITY_BINS)
+        gaps += abs(right[inside].sum() - confidence[inside].sum())
+    assert calibration_error(probabilities, truth) == pytest.approx(gaps / 500)
+
+
+def test_a_split_without_a_defect_has_no_area_and_no_precision():
+    found = evaluate(np.array([[0.3, 0.7, 0.0]] * 4), np.full(4, 1), RULE)
+    assert np.isnan(found.auc) and np.isnan(found.average_precision)
+
+
+def test_curves_are_of_the_defect_score_of_each_class_or_of_all_classes_together():
+    probabilities, truth = some(50)
+    ((name, scores, positive),) = curves(probabilities, truth, RULE)
+    assert name == "defect" and np.array_equal(positive, truth != 1)
+    np.testing.assert_allclose(scores, probabilities[:, 0] + probabilities[:, 2], rtol=1e-6)
+    assert [name for name, _, _ in curves(probabilities, truth, DecisionRule(RULE.labels))] == list(RULE.labels)
+    many = DecisionRule(tuple(str(n) for n in range(MOST_CURVES + 1)))
+    ((_, scores, positive),) = curves(np.full((4, MOST_CURVES + 1), 1 / (MOST_CURVES + 1)), np.arange(4), many)
+    assert len(scores) == 4 * (MOST_CURVES + 1) and positive.sum() == 4
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40))

@@ -161,3 +161,16 @@ def test_the_passport_names_machine_libraries_lock_and_commit():
     assert found["torch"] == torch.__version__.split("+")[0]
     assert found["lock"].startswith("sha256:") and found["cpu"] and int(found["cores"]) >= 1
     assert found["commit"] == commit() != ""
+
+
+def test_the_passport_names_the_gpus_before_torch_is_loaded(tmp_path):
+    from tasks.passport import gpus
+
+    for number, model in enumerate(("NVIDIA H200", "NVIDIA L4")):
+        listing = tmp_path / "gpus" / f"0000:0{number}:00.0" / "information"
+        listing.parent.mkdir(parents=True)
+        listing.write_text(f"Model: \t\t {model}\nIRQ:   \t\t 44\n")
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65\nGCC version: 12\n")
+    found = gpus(tmp_path)
+    assert found["gpu"] == "NVIDIA H200, NVIDIA L4" and found["gpu_driver"].endswith("580.65")
+    assert gpus(tmp_path / "absent") == {"gpu": "none"}
