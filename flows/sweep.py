@@ -93,8 +93,9 @@ def find_lost_models(here: Settings, options: SweepOptions) -> "list[Lost]":
 def repeat(lost: "Lost") -> None:
     """The lost event once more."""
     from tasks.lost import send_again
+    from tasks.runs import this_run
 
-    send_again(lost)
+    send_again(lost, this_run())
 
 
 def show(lost: "list[Lost]") -> None:

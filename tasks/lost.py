@@ -98,8 +98,10 @@ def lost_registrations(
             yield Lost(MODEL_REGISTERED, follower.resource, what, payload, follower.stage)
 
 
-def send_again(lost: Lost) -> None:
-    """The event once more. Its id does not change, so Prefect drops it while it remembers the last time: half an hour."""
+def send_again(lost: Lost, sweep: str) -> None:
+    """The event once more. `sweep` names the run that found it: Prefect drops an id that it saw in the last half hour, and
+    the next sweep must not be dropped when nothing came of this one (a failed action of an automation is never repeated).
+    """
     from tasks.events import emit
 
-    emit(lost.event, lost.resource, lost.payload, occasion=f"sweep {lost.occasion}")
+    emit(lost.event, lost.resource, lost.payload, occasion=f"sweep {sweep} {lost.occasion}")

@@ -38,8 +38,21 @@ QUICK = TrainConfig(
 
 
 @flow(name="follow")
-def follow(parameters: dict[str, Any] | None = None) -> None:
+def follow(
+    prefix: str = "", dataset: str = "", dataset_version: int = 0, model: str = "", version: int = 0, occasion: str = ""
+) -> None:
     """Stands for any deployment that an event starts; no worker runs it, so its runs can be counted."""
+
+
+# What the triggers of prefect.yaml hand to the deployments.
+PARAMETERS = {
+    BATCH_SEALED: {"dataset": "{{ event.payload.dataset }}", "prefix": "{{ event.payload.prefix }}"},
+    VERSION_CREATED: {
+        "dataset": "{{ event.payload.dataset }}",
+        "dataset_version": "{{ event.payload.version }}",
+    },
+    MODEL_REGISTERED: {"model": "{{ event.payload.model }}", "version": "{{ event.payload.version }}"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +94,14 @@ def follower(here: Settings) -> Iterator[Callable[..., str]]:
                         "threshold": 1,
                         "within": 0,
                     },
-                    "actions": [{"type": "run-deployment", "source": "selected", "deployment_id": deployment}],
+                    "actions": [
+                        {
+                            "type": "run-deployment",
+                            "source": "selected",
+                            "deployment_id": deployment,
+                            "parameters": {**PARAMETERS[event], "occasion": "event {{ event.id }}"},
+                        }
+                    ],
                 },
             ).json()
         automations.append(automation["id"])
@@ -102,6 +122,15 @@ def runs_of(deployment: str, at_least: int, within: float = 20.0) -> list[dict[s
             if len(found) >= at_least or time.monotonic() > deadline:
                 return found
             time.sleep(0.2)
+
+
+def delete_runs(deployment: str) -> int:
+    """As if no run had been made of the event; how many there were."""
+    found = runs_of(deployment, 1)
+    with get_client(sync_client=True) as client:
+        for run in found:
+            client.request("DELETE", "/flow_runs/{id}", path_params={"id": run["id"]}).raise_for_status()
+    return len(found)
 
 
 def upload(
@@ -130,16 +159,28 @@ def test_a_complete_batch_that_nobody_announced_is_found_and_its_event_starts_wh
     prefix = upload(here.store, "unseen", "lost", photograph)
     state = sweep(AT_ONCE, return_state=True)
     assert state.name == "Repeated" and prefix in (state.message or "")
-    [_] = runs_of(deployment, 1)
-    assert sweep(AT_ONCE, return_state=True).name in ("Repeated", "NothingLost")
-    time.sleep(2)
-    assert len(runs_of(deployment, 1)) == 1, "what was found twice is one event"
+    [run] = runs_of(deployment, 1)
+    assert run["parameters"]["prefix"] == prefix
+    assert sweep(AT_ONCE, return_state=True).name == "NothingLost", "a run will decide about it"
+    assert len(runs_of(deployment, 1)) == 1
+
+
+def test_when_nothing_came_of_what_a_sweep_sent_again_the_next_sweep_is_heard(
+    here: Settings, follower: Callable[..., str], photograph: Callable[..., bytes]
+) -> None:
+    """A failed action of an automation is never repeated: Prefect has seen the event, and no run was made."""
+    deployment = follower(BATCH_SEALED, "tirewatch.dataset.unheard")
+    prefix = upload(here.store, "unheard", "lost", photograph)
+    for _ in range(2):
+        state = sweep(AT_ONCE, return_state=True)
+        assert state.name == "Repeated" and prefix in (state.message or "")
+        assert delete_runs(deployment) == 1
 
 
 def test_what_is_young_quiet_for_too_short_old_ingested_or_refused_is_left_alone(
     here: Settings, follower: Callable[..., str], photograph: Callable[..., bytes]
 ) -> None:
-    follower(BATCH_SEALED, "tirewatch.dataset.seen")
+    deployment = follower(BATCH_SEALED, "tirewatch.dataset.seen")
     prefix = upload(here.store, "seen", "batch-1", photograph, marker=False)
     assert sweep(SweepOptions(grace_minutes=0, quiet_minutes=1), return_state=True).name == "NothingLost"
     ingest("seen", prefix)
@@ -148,10 +189,12 @@ def test_what_is_young_quiet_for_too_short_old_ingested_or_refused_is_left_alone
         here.store, [("incoming/seen/batch-2/notes.txt", b"no photograph"), ("incoming/seen/batch-2/_SUCCESS", b"")]
     )
     assert "batch-2" in (sweep(AT_ONCE, return_state=True).message or "")
+    assert delete_runs(deployment) == 1, "nobody works on it"
     assert ingest("seen", "incoming/seen/batch-2/", return_state=True).is_failed()
     assert sweep(AT_ONCE, return_state=True).name == "NothingLost", "it has been refused"
     write_many(here.store, [("incoming/seen/batch-2/good/1.jpg", photograph(77))])
     assert "batch-2" in (sweep(AT_ONCE, return_state=True).message or ""), "its content changed"
+    assert delete_runs(deployment) == 1
     assert sweep(SweepOptions(grace_minutes=5), return_state=True).name == "NothingLost", "it may be on its way"
     far = SweepOptions(grace_minutes=0, quiet_minutes=0, look_back_days=1e-9)
     assert sweep(far, return_state=True).name == "NothingLost"
@@ -188,8 +231,9 @@ def test_a_doubled_dataset_event_trains_once_and_a_lost_one_is_found(
     deployment = follower(VERSION_CREATED, "tirewatch.dataset.doubled")
     state = sweep(AT_ONCE, return_state=True)
     assert "has not decided about doubled v1" in (state.message or ""), "this deployment has not"
-    [_] = runs_of(deployment, 1)
-    assert sweep(AT_ONCE, return_state=True).name in ("Repeated", "NothingLost")
+    [run] = runs_of(deployment, 1)
+    assert run["parameters"]["dataset_version"] == 1, "the number is a number after its way through the automation"
+    assert sweep(AT_ONCE, return_state=True).name == "NothingLost"
     assert len(runs_of(deployment, 1)) == 1
 
     promotion = follower(MODEL_REGISTERED, "tirewatch.model.doubled")
@@ -216,7 +260,7 @@ def test_too_few_new_photographs_wait_for_more_and_by_hand_nobody_waits(
 def test_followers_are_read_with_their_stage_and_what_they_are_at(here: Settings, follower: Callable[..., str]) -> None:
     deployment = follower(BATCH_SEALED, "tirewatch.dataset.followed")
     with get_client(sync_client=True) as client:
-        client.create_flow_run_from_deployment(deployment, parameters={"parameters": {"prefix": "incoming/x/y/"}})
+        client.create_flow_run_from_deployment(deployment, parameters={"prefix": "incoming/x/y/"})
     [found] = [each for each in read_followers(BATCH_SEALED) if each.name == "followed"]
     assert found.stage == "follow/followed-sealed"
-    assert found.is_at({"parameters": {"prefix": "incoming/x/y/"}}) and not found.is_at({"prefix": "incoming/x/y/"})
+    assert found.is_at({"prefix": "incoming/x/y/"}) and not found.is_at({"prefix": "incoming/x/z/"})
