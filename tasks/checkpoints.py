@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from tasks.claims import Subject, claim, claimant, release
@@ -172,23 +173,29 @@ def _keys(work: Undertaking) -> list[str]:
 
 def _delete_for_good(store: Store, prefix: str) -> None:
     """Every version of every object below the prefix: in a bucket that keeps versions, old checkpoints would fill it."""
+    client = _boto3_client(store)
+    for page in client.get_paginator("list_object_versions").paginate(Bucket=store.bucket, Prefix=prefix):
+        entries = [*page.get("Versions", ()), *page.get("DeleteMarkers", ())]
+        doomed = [{"Key": each["Key"], "VersionId": each["VersionId"]} for each in entries]
+        if not doomed:
+            continue
+        answer = client.delete_objects(Bucket=store.bucket, Delete={"Objects": doomed, "Quiet": True})
+        for error in answer.get("Errors", ()):
+            log.warning("%s stays (%s): does the role have s3:DeleteObjectVersion?", error["Key"], error["Code"])
+
+
+@cache
+def _boto3_client(store: Store) -> Any:
+    """obstore, which does the rest, cannot name versions."""
     import boto3
 
-    client = boto3.client(
+    return boto3.client(
         "s3",
         endpoint_url=store.endpoint_url,
         aws_access_key_id=store.access_key_id,
         aws_secret_access_key=store.secret_access_key,
         region_name=store.region,
     )
-    for page in client.get_paginator("list_object_versions").paginate(Bucket=store.bucket, Prefix=prefix):
-        entries = [*page.get("Versions", ()), *page.get("DeleteMarkers", ())]
-        doomed: list[Any] = [{"Key": each["Key"], "VersionId": each["VersionId"]} for each in entries]
-        if not doomed:
-            continue
-        answer = client.delete_objects(Bucket=store.bucket, Delete={"Objects": doomed, "Quiet": True})
-        for error in answer.get("Errors", ()):
-            log.warning("%s stays (%s): does the role have s3:DeleteObjectVersion?", error["Key"], error["Code"])
 
 
 def _number(key: str) -> int:

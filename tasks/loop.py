@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tasks.augmentation import augment
+from tasks.augmentation import drawn, varied
 from tasks.compilation import compiled
 from tasks.evaluation import Figures, figures
 from tasks.losses import Loss
@@ -178,9 +178,10 @@ class Loop:
         self.decided[start + mine.start : start + mine.stop] = logits.detach().argmax(1).cpu().numpy()
 
     def _varied(self, chosen: NDArray[np.int64], mine: slice) -> Tensor:
-        """This process's photographs of the batch; the variations are drawn for the whole batch, so they are nobody's own."""
-        images = torch.from_numpy(self.training.images[chosen]).to(self.device)
-        return augment(images, self.config.augmentation, self.variation)[mine]
+        """This process's photographs of the batch. Variations are drawn for all of it: they do not depend on who has which."""
+        side = self.training.images.shape[1]
+        variation = drawn(len(chosen), side, self.config.augmentation, self.variation).of(mine)
+        return varied(torch.from_numpy(self.training.images[chosen[mine]]).to(self.device), variation)
 
     def _offset(self, step: int) -> int:
         """Photographs in the steps before this one (of `numpy.array_split`)."""

@@ -162,6 +162,9 @@ def test_registering_is_told_as_an_event_and_on_the_run_page(here, plates, train
     pages = {artifact["key"]: artifact["data"] for artifact in artifacts}
     assert "data:image/png;base64," in pages["training-plates"] and "| escapes |" in pages["training-plates"]
     assert trained.result().run_id in pages["mlflow-plates"]
+    (bar,) = [artifact for artifact in artifacts if artifact["key"] == "progress-plates"]
+    assert bar["type"] == "progress" and bar["data"] == 100
+    assert bar["description"].startswith("epoch 3 of 3, ") and bar["description"].endswith(": all 3 epochs done")
 
 
 def test_training_goes_on_from_a_registered_version(here, plates, trained):
@@ -188,6 +191,82 @@ def test_a_failing_run_leaves_no_mlflow_run_open(here, plates, trained):
     client = MlflowClient(here.mlflow_tracking_uri)
     experiment = client.get_experiment_by_name(plates)
     assert not client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'")
+
+
+def mlflow_runs(here, dataset):
+    """MLflow runs of the dataset's experiment, newest first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(here.mlflow_tracking_uri)
+    experiment = client.get_experiment_by_name(dataset)
+    return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"]) if experiment else []
+
+
+def test_a_failed_training_goes_on_in_its_mlflow_run(here, plates, trained, monkeypatch):
+    from mlflow import MlflowClient
+
+    from tasks import tracked_training
+
+    config = QUICK.model_copy(update={"seed": 11})
+    log_epoch, before = tracked_training.log_epoch, len(mlflow_runs(here, plates))
+
+    def away(uri, run_id, epoch):
+        if epoch.number == 2:
+            raise ConnectionError("MLflow is away")
+        log_epoch(uri, run_id, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracked_training, "log_epoch", away)
+        assert train(plates, config=config, return_state=True).is_failed()
+    left = mlflow_runs(here, plates)
+    assert len(left) == before + 1 and left[0].info.status == "FAILED"
+
+    model = train(plates, config=config, return_state=True).result()
+    assert model.run_id == left[0].info.run_id and len(mlflow_runs(here, plates)) == before + 1
+    client = MlflowClient(here.mlflow_tracking_uri)
+    assert client.get_run(model.run_id).info.status == "FINISHED"
+    for name in ("train/Loss", "val/F1_Score", "learning_rate", "epoch_end_seconds"):
+        assert [point.step for point in client.get_metric_history(model.run_id, name)] == [1, 2, 3], name
+
+
+def test_a_limit_that_the_server_does_not_have_is_named_with_how_to_make_it(here, plates, monkeypatch):
+    monkeypatch.setattr("flows.train.settings", lambda: here.model_copy(update={"training_limit": "press"}))
+    state = train(plates, config=QUICK, return_state=True)
+    assert state.is_failed() and "`prefect global-concurrency-limit create press --limit 1`" in state.message
+
+
+@pytest.fixture(scope="module")
+def unfit(here):
+    """Datasets of one class, and of three photographs."""
+    upload(here.store, "lonely", ("plain",), each=30)
+    upload(here.store, "few", each=2)
+    return here
+
+
+@pytest.mark.parametrize(
+    ("dataset", "version", "changes", "message"),
+    [
+        ("plates", None, {"architecture": "resnet18"}, "resnet18 takes images of 32 to 768 pixels a side, not 16"),
+        ("plates", 99, {}, "no version 99"),
+        ("lonely", None, {"defect_labels": ()}, "the only class is ['plain']: telling apart needs at least two"),
+        ("few", None, {}, "fewer than one batch of 16: add photographs or lower batch_size"),
+        ("plates", None, {"defect_labels": ("torn",)}, "defect_labels ['torn'] are not among the classes"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_before_any_work(here, plates, unfit, dataset, version, changes, message):
+    before = len(mlflow_runs(here, dataset))
+    state = train(dataset, version, QUICK.model_copy(update=changes), return_state=True)
+    assert state.is_failed() and message in state.message
+    assert len(mlflow_runs(here, dataset)) == before, "not even an MLflow run"
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [({"optimizer": "lion"}, "optimizer"), ({"learning_rate": -0.1}, "learning_rate"), ({"clip_norm": 0}, "clip_norm")],
+)
+def test_a_value_that_no_training_can_have_is_refused_with_its_name(here, config, field):
+    state = train("plates", config={"pretrained": False, "architecture": "cnn", **config}, return_state=True)
+    assert state.is_failed() and field in state.message
 
 
 def test_a_dataset_that_does_not_exist_is_named_with_what_to_do(here):
