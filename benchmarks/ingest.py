@@ -53,6 +53,7 @@ def photographs(folder: Path, count: int) -> None:
 def ours(store: Store, dataset: str) -> None:
     """The flow's own steps in their order, without the Prefect server: no events, no page."""
     from flows import ingest as flow
+    from tasks.dataset import writer
 
     batch = flow.find_batch.fn(store, dataset, f"incoming/{dataset}/batch/")
     options = flow.IngestOptions(max_quarantined_share=0)
@@ -60,7 +61,7 @@ def ours(store: Store, dataset: str) -> None:
         tempfile.TemporaryDirectory() as spool,
         flow.examine_photographs.fn(store, batch, Path(spool)) as examination,
     ):
-        flow.commit.fn(store, batch, examination, options)
+        flow.commit.fn(store, batch, examination, options, writer(store, batch, examination))
 
 
 def straightforward(store: Store, dataset: str) -> None:

@@ -32,8 +32,8 @@ from tasks.twin_rule import TwinRule
 if TYPE_CHECKING:
     from tasks.batch import Batch
     from tasks.checks import Plan
-    from tasks.dataset import DatasetVersion, Record
-    from tasks.examination import Examination
+    from tasks.dataset import DatasetVersion, Record, RowWriter
+    from tasks.examination import Examination, Spooled
     from tasks.ingest_report import Ingested
 
 log = logging.getLogger(__name__)
@@ -85,15 +85,32 @@ def ingest(
         if result is None:
             if occasion and (why := reason_to_wait(store, batch)):
                 return Completed(name="Unchanged", message=why)
-            with (
-                TemporaryDirectory(prefix="tirewatch-ingest-") as spool,
-                examine_photographs(store, batch, Path(spool)) as examination,
-            ):
-                result = commit(store, batch, examination, options)
+            with examined(store, batch, settings().ray_address) as (examination, write):
+                result = commit(store, batch, examination, options, write)
                 show(result, examination)
     announce(store, result.version)
     decided(store, batch.prefix, batch.content, "ingested", {"version": result.version.version})
     return final_state(result)
+
+
+@contextmanager
+def examined(store: Store, batch: "Batch", ray_address: str | None) -> "Iterator[tuple[Examination, RowWriter]]":
+    """Every photograph read and decoded, and what writes those that are taken: threads of this process with a spool on local
+    disk, or the workers of a Ray cluster.
+    """
+    if ray_address:
+        from flows.fan_out import examined_on, ray_cluster, writer_on
+
+        with ray_cluster(ray_address) as cluster:
+            yield examined_on(cluster, store, batch), writer_on(cluster, store, batch)
+        return
+    from tasks.dataset import writer
+
+    with (
+        TemporaryDirectory(prefix="tirewatch-ingest-") as spool,
+        examine_photographs(store, batch, Path(spool)) as examination,
+    ):
+        yield examination, writer(store, batch, examination)
 
 
 @contextmanager
@@ -163,7 +180,7 @@ def already_ingested(store: Store, batch: "Batch", options: IngestOptions) -> "I
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
-def examine_photographs(store: Store, batch: "Batch", spool: Path) -> "Examination":
+def examine_photographs(store: Store, batch: "Batch", spool: Path) -> "Spooled":
     """Reads and decodes every photograph once; the bytes stay in the spool until they are committed."""
     from tasks.examination import examine
 
@@ -171,7 +188,9 @@ def examine_photographs(store: Store, batch: "Batch", spool: Path) -> "Examinati
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def commit(store: Store, batch: "Batch", examination: "Examination", options: IngestOptions) -> "Ingested":
+def commit(
+    store: Store, batch: "Batch", examination: "Examination", options: IngestOptions, write: "RowWriter"
+) -> "Ingested":
     """Decides on every file, records what is quarantined and writes the next version, after whoever else writes one."""
     os.environ.setdefault("LANCE_UPLOAD_CONCURRENCY", "2")  # ten, the default, hold 100 MB more and are no faster
     from tasks.checks import plan, refuse_if_too_bad
@@ -192,9 +211,7 @@ def commit(store: Store, batch: "Batch", examination: "Examination", options: In
         quarantine(store, batch, planned)  # before the version: a run killed in between is not asked again
         report = report_of(batch, planned, known)
         changed = bool(planned.rows or planned.relabelled)
-        record = (
-            append(store, base, batch, planned, examination.bytes_of, report) if changed else _nothing_new(batch, base)
-        )
+        record = append(store, base, batch, planned, write, report) if changed else _nothing_new(batch, base)
         if record is not None:
             return ingested(batch.name, record.version, created=changed, report=report)
         log.info("another run made a version of %s meanwhile; deciding again upon it", batch.dataset)

@@ -7,13 +7,13 @@ what is inside them is `tasks/checks.py`.
 
 import hashlib
 import json
+import posixpath
 import re
 import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 from typing import Any, Final
 
 from tasks.storage import Store, StoredObject, list_objects, read
@@ -51,15 +51,21 @@ class BatchRefused(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class BatchItem:
-    """One photograph of a batch. `name` is its path below the batch's prefix."""
+    """One photograph of a batch: `name` is its path below the batch's prefix, `size` its bytes. Small: see `Photograph`."""
 
+    prefix: str
     name: str
-    object: StoredObject
+    size: int
     label: str
     split: str | None = None
     group: str | None = None
     captured_at: datetime | None = None
     line: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Of the object on S3."""
+        return self.prefix + self.name
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def content_digest(prefix: str, objects: Sequence[StoredObject]) -> str:
 def _visible(prefix: str, objects: Sequence[StoredObject]) -> dict[str, StoredObject]:
     """Path below the prefix -> object, without hidden files, the marker and the empty objects some tools make of folders."""
     files = {each.key.removeprefix(prefix): each for each in objects if each.key.startswith(prefix)}
-    folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+    folders = {name[:at] for name in files for at, letter in enumerate(name) if letter == "/"}
     return {
         name: each
         for name, each in files.items()
@@ -169,7 +175,12 @@ def _content_digest(files: dict[str, StoredObject]) -> str:
 
 def is_no_photograph(name: str) -> bool:
     """Whether the extension is that of a table, text or the like, which may lie beside photographs."""
-    return PurePosixPath(name).suffix.lower() in _NO_PHOTOGRAPH
+    return extension(name) in _NO_PHOTOGRAPH
+
+
+def extension(name: str) -> str:
+    """`.jpg` of `good/17.JPG`. Not by pathlib, which keeps every name it was asked about (CPython interns the parts)."""
+    return posixpath.splitext(name)[1].lower()
 
 
 def _ignored(name: str) -> Finding:
@@ -192,7 +203,7 @@ def from_folders(files: dict[str, StoredObject]) -> tuple[list[BatchItem], list[
         elif wrong := _not_storable(below[0]):
             findings.append(Finding("no_label", name, f"the class folder's name {below[0]!r} {wrong}"))
         else:
-            items.append(BatchItem(name, each, sys.intern(below[0].strip()), split))
+            items.append(_item(name, each, below[0].strip(), split))
     return items, findings
 
 
@@ -286,7 +297,11 @@ def _annotated(name: str, each: StoredObject, entry: dict[str, Any]) -> BatchIte
             moment = moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
     except (ValueError, OverflowError):  # the latter at both ends of the calendar
         raise ValueError(f"captured_at is {captured!r}: expected ISO 8601, such as 2026-03-01T12:00:00+00:00") from None
-    return BatchItem(name, each, label, split, _text(entry, "group"), moment, _text(entry, "line"))
+    return _item(name, each, label, split, _text(entry, "group"), moment, _text(entry, "line"))
+
+
+def _item(name: str, each: StoredObject, label: str, *more: Any) -> BatchItem:
+    return BatchItem(sys.intern(each.key.removesuffix(name)), name, each.size, sys.intern(label), *more)
 
 
 def _label(entry: dict[str, Any]) -> str:

@@ -6,10 +6,9 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 from typing import Final, Literal
 
-from tasks.batch import SPLITS, Batch, BatchRefused, Finding
+from tasks.batch import SPLITS, Batch, BatchRefused, Finding, extension
 from tasks.batch_statistics import outliers, shifts
 from tasks.corrections import Relabelled, corrected
 from tasks.examination import Examination, Photograph, columns_of
@@ -231,7 +230,7 @@ def _bridges(photographs: Sequence[Photograph], known: Known) -> _Checked:
 
 
 def _wrong_extension(photograph: Photograph) -> Finding | None:
-    suffix = PurePosixPath(photograph.item.name).suffix.lower()
+    suffix = extension(photograph.item.name)
     if suffix in _EXTENSIONS[photograph.format]:
         return None
     message = f"extension {suffix or 'none'}, content {photograph.format}"

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
@@ -24,13 +23,16 @@ import pyarrow.compute as pc
 
 from tasks.batch import SPLITS, Batch, Correction
 from tasks.checks import Known, Plan
-from tasks.dataset_rows import SCHEMA, commit_rows, new_rows, open_table, relabelled_rows, table_uri
-from tasks.examination import Photograph
+from tasks.dataset_rows import SCHEMA, commit_rows, new_rows, open_table, relabelled_rows, table_uri, write_rows
+from tasks.examination import Examination, Photograph
 from tasks.storage import Store, list_folders, list_objects, read, write_if_absent
 from tasks.summary import Summary, summarised, summary_from
 
 if TYPE_CHECKING:
     import lance
+    from lance.fragment import FragmentMetadata
+
+    RowWriter = Callable[[Sequence[tuple[Photograph, str]]], Sequence[FragmentMetadata]]
 
 _READ_AHEAD: Final = 3  # Arrow batches in memory on the way out
 
@@ -222,23 +224,34 @@ def digest_of(rows: pa.Table) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def writer(store: Store, batch: Batch, examination: Examination) -> "RowWriter":
+    """Writes planned rows from this process, with the bytes that were examined."""
+
+    def write(rows: Sequence[tuple[Photograph, str]]) -> "list[FragmentMetadata]":
+        images = (examination.bytes_of(photograph) for photograph, _ in rows)
+        return write_rows(store, batch.dataset, new_rows(rows, images, batch.name))
+
+    return write
+
+
 def append(
     store: Store,
     base: Record | None,
     batch: Batch,
     planned: Plan,
-    bytes_of: Callable[[Photograph], bytes],
+    write: "RowWriter",
     report: Mapping[str, Any],
 ) -> Record | None:
     """The version after `base` (None: the first) with the planned rows as well, and with the planned corrections; None when
-    another run took that number.
+    another run took that number. `write` puts the planned rows into files of the table, for instance `writer(...)`.
 
     May be killed anywhere and called again.
     """
     name, labels = batch.dataset, {each.sha256: each.label for each in planned.relabelled}
-    copied = relabelled_rows(open_rows(store, base), labels) if base else ()
-    rows = chain(new_rows(planned.rows, bytes_of, batch.name), copied)
-    lance_version = commit_rows(store, name, base.lance_version if base else None, rows, labels.keys())
+    written = write(planned.rows) if planned.rows else []
+    if base and labels:
+        written = [*written, *write_rows(store, name, relabelled_rows(open_rows(store, base), labels))]
+    lance_version = commit_rows(store, name, base.lance_version if base else None, written, labels.keys())
     table = open_table(store, name, lance_version)
     number = base.version.version + 1 if base else 1
     earlier = base.batches if base else {}

@@ -4,9 +4,10 @@ A Lance commit here always says what the table holds from then on: the rows of o
 are replaced, and the new ones. What a killed or beaten run committed in between is never inherited.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -38,6 +39,9 @@ SCHEMA: Final = pa.schema(
     ]
 )
 _WRITE_BYTES: Final = 4 * 2**20  # of photographs in one Arrow batch on the way in; larger ones are slower
+_FILE_BYTES: Final = (
+    400 * 2**20
+)  # of photographs in one file: beyond 100 parts of 5 MB Lance's upload takes ever larger ones
 _COPIED_ROWS: Final = 32  # of photographs read at a time to be written again under another label
 _COMMIT_ATTEMPTS: Final = 50
 
@@ -53,17 +57,15 @@ def open_table(store: Store, name: str, lance_version: int | None = None) -> "la
     return lance.dataset(table_uri(store, name), version=lance_version, storage_options=store.lance_options)
 
 
-def new_rows(
-    rows: Iterable[tuple[Photograph, str]], bytes_of: Callable[[Photograph], bytes], batch: str
-) -> Iterator[pa.RecordBatch]:
-    """Photographs with their splits as Arrow batches of at most 4 MB (one photograph may be larger by itself)."""
+def new_rows(rows: Iterable[tuple[Photograph, str]], images: Iterable[bytes], batch: str) -> Iterator[pa.RecordBatch]:
+    """Photographs with their splits and bytes as Arrow batches of at most 4 MB (one photograph may be larger by itself)."""
     some: list[dict[str, Any]] = []
     held = 0
-    for photograph, split in rows:
+    for (photograph, split), image in zip(rows, images, strict=True):
         if some and (held + photograph.size > _WRITE_BYTES or len(some) == 1024):
             yield pa.RecordBatch.from_pylist(some, schema=SCHEMA)
             some, held = [], 0
-        some.append(_row(photograph, split, bytes_of(photograph), batch))
+        some.append(_row(photograph, split, image, batch))
         held += photograph.size
     if some:
         yield pa.RecordBatch.from_pylist(some, schema=SCHEMA)
@@ -75,7 +77,7 @@ def _row(photograph: Photograph, split: str, image: bytes, batch: str) -> dict[s
         "image": image,
         "sha256": photograph.sha256,
         "phash": photograph.phash,
-        "source_key": item.object.key,
+        "source_key": item.key,
         "source_version": photograph.source_version,
         "label": item.label,
         "group": photograph.group,
@@ -86,7 +88,7 @@ def _row(photograph: Photograph, split: str, image: bytes, batch: str) -> dict[s
         "batch": batch,
         "captured_at": item.captured_at,
         "line": item.line,
-        **dict(zip(STATISTICS, photograph.statistics, strict=True)),
+        **dict(zip(STATISTICS, np.frombuffer(photograph.statistics, np.float32).tolist(), strict=True)),
     }
 
 
@@ -104,19 +106,27 @@ def relabelled_rows(table: "lance.LanceDataset", labels: Mapping[str, str]) -> I
         yield from rows.cast(SCHEMA).to_batches()
 
 
+def write_rows(store: Store, name: str, batches: Iterable[pa.RecordBatch]) -> "list[FragmentMetadata]":
+    """The rows as files of the table that no version of it names yet."""
+    from lance.fragment import write_fragments
+
+    rows = pa.RecordBatchReader.from_batches(SCHEMA, batches)
+    uri, options = table_uri(store, name), store.lance_options
+    written = write_fragments(rows, uri, schema=SCHEMA, max_bytes_per_file=_FILE_BYTES, storage_options=options)
+    return list(written)
+
+
 def commit_rows(
-    store: Store, name: str, base: int | None, batches: Iterator[pa.RecordBatch], replaced: Collection[str] = ()
+    store: Store,
+    name: str,
+    base: int | None,
+    written: "Sequence[FragmentMetadata]",
+    replaced: Collection[str] = (),
 ) -> int:
-    """The Lance version that holds the rows of the Lance version `base` (None: none) and these; its number.
+    """The Lance version that holds the rows of the Lance version `base` (None: none) and the written ones; its number.
 
     replaced: sha256 of the rows of the base that are left out; their photographs stay in the files, marked as deleted.
     """
-    from lance.fragment import write_fragments
-
-    uri, options = table_uri(store, name), store.lance_options
-    written = write_fragments(
-        pa.RecordBatchReader.from_batches(SCHEMA, batches), uri, schema=SCHEMA, storage_options=options
-    )
     table = None if base is None else open_table(store, name, base)
     kept = [] if table is None else [each.metadata for each in table.get_fragments()]
     if table is None or not (replaced or any(each.deletion_file for each in kept)):
@@ -147,7 +157,11 @@ def _commit_whole(store: Store, name: str, fragments: "Sequence[FragmentMetadata
 
 
 def _commit_upon(
-    store: Store, name: str, base: "lance.LanceDataset", replaced: Collection[str], written: "list[FragmentMetadata]"
+    store: Store,
+    name: str,
+    base: "lance.LanceDataset",
+    replaced: Collection[str],
+    written: "Sequence[FragmentMetadata]",
 ) -> int:
     """Rows of `base` marked as deleted, and new ones: Lance's Update, after a Restore where `base` is not the latest.
 
@@ -159,7 +173,7 @@ def _commit_upon(
     uri, options = table_uri(store, name), store.lance_options
     updated, removed = _without(base, replaced)
     operation = lance.LanceOperation.Update(
-        removed_fragment_ids=removed, updated_fragments=updated, new_fragments=written, update_mode="rewrite_rows"
+        removed_fragment_ids=removed, updated_fragments=updated, new_fragments=list(written), update_mode="rewrite_rows"
     )
     changed = {each.id for each in updated} | set(removed)
     untouched = [each.metadata for each in base.get_fragments() if each.fragment_id not in changed]

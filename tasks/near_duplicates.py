@@ -32,7 +32,7 @@ _STEPS: Final = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 5, 1e-3)  # mo
 _EVERYWHERE: Final = np.full((SIDE, SIDE), 255, dtype=np.uint8)
 _ONTO: Final = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 _CENTRE: Final = np.array([(SIDE - 1) / 2, (SIDE - 1) / 2, 1.0])
-_KEPT: Final = 1024  # prepared tiles: 17 MB
+_KEPT: Final = 256  # prepared tiles: 4 MB
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def likeness(first: Tile, second: Tile) -> float:
 def confirmed(pairs: Pairs, tile_of: Callable[[int], Tile], rule: TwinRule) -> Pairs:
     """Those of the pairs whose registered pixels agree.
 
-    Pairs are taken in rising order and the tiles of the last thousand photographs are kept, so `tile_of` is seldom asked
+    Pairs are taken in rising order and the tiles of the last few hundred photographs are kept, so `tile_of` is seldom asked
     twice for a position.
     """
     detail_of = lru_cache(maxsize=_KEPT)(lambda position: _detailed(tile_of(position)))

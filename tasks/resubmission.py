@@ -135,7 +135,7 @@ def _note(store: Store, chosen: Sequence[Quarantined], batch: str, wish: Wish) -
 def _was_replaced(store: Store, each: Quarantined) -> bool:
     """Whether other bytes lie there than those that were found bad."""
     if each.reason == "too_many_bytes":
-        return each.item is not None and each.item.object.size <= MAX_BYTES
+        return each.item is not None and each.item.size <= MAX_BYTES
     return _digest(store, each) != each.sha256
 
 

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from obstore.store import S3Store
 
 T = TypeVar("T")
+
+
+class Readable(Protocol):
+    """What `read_many` has to know of an object."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+Object = TypeVar("Object", bound=Readable)
 
 CONCURRENCY: Final = 16
 IN_FLIGHT_BYTES: Final = 256 * 2**20  # what `read_many` may hold at once, whatever the size of the objects
@@ -156,8 +169,8 @@ def read_version(store: Store, key: str) -> Content:
 
 def read_many(
     store: Store,
-    objects: Iterable[StoredObject],
-    work: Callable[[StoredObject, Content], T],
+    objects: Iterable[Object],
+    work: Callable[[Object, Content], T],
     concurrency: int = CONCURRENCY,
     in_flight_bytes: int = IN_FLIGHT_BYTES,
     workers: int | None = None,
@@ -175,10 +188,10 @@ def read_many(
         ThreadPoolExecutor(hands_count, thread_name_prefix="work") as hands,
     ):
 
-        def started(burst: Sequence[StoredObject]) -> list[tuple[StoredObject, Future[Content]]]:
+        def started(burst: Sequence[Object]) -> list[tuple[Object, Future[Content]]]:
             return [(each, readers.submit(read_version, store, each.key)) for each in burst]
 
-        def done(run: Sequence[tuple[StoredObject, Content]]) -> list[T]:
+        def done(run: Sequence[tuple[Object, Content]]) -> list[T]:
             return [work(each, content) for each, content in run]
 
         bursts = _bursts(objects, in_flight_bytes // 2)
@@ -196,8 +209,8 @@ def read_many(
             hands.shutdown(wait=False, cancel_futures=True)
 
 
-def _bursts(objects: Iterable[StoredObject], most_bytes: int) -> Iterator[list[StoredObject]]:
-    burst: list[StoredObject] = []
+def _bursts(objects: Iterable[Object], most_bytes: int) -> Iterator[list[Object]]:
+    burst: list[Object] = []
     held = 0
     for each in objects:
         if burst and (held + each.size > most_bytes or len(burst) == _BURST):

@@ -240,10 +240,22 @@ def triton_python() -> Path:
 
 
 @pytest.fixture
+def configured(store: "Store", monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A flow's process as `tirewatch up` starts it: the settings come from the environment."""
+    from flows.settings import settings
+
+    for name in ("bucket", "endpoint_url", "access_key_id", "secret_access_key"):
+        monkeypatch.setenv(f"TIREWATCH_S3_{name.upper()}", str(getattr(store, name)))
+    settings.cache_clear()
+    yield
+    settings.cache_clear()
+
+
+@pytest.fixture
 def ingested(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "Ingested"]:
     """`ingested(store, dataset, batch, {path: bytes})`: the batch uploaded and taken in, without a Prefect run around it."""
     from flows import ingest
-    from tasks import storage
+    from tasks import dataset, storage
 
     def taken_in(
         store: Store, name: str, batch: str, files: dict[str, bytes], options: "IngestOptions | None" = None
@@ -252,7 +264,8 @@ def ingested(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "Ingeste
         storage.write_many(store, ((prefix + path, data) for path, data in files.items()))
         found = ingest.find_batch.fn(store, name, prefix)
         with ingest.examine_photographs.fn(store, found, tmp_path_factory.mktemp("spool")) as examination:
-            return ingest.commit.fn(store, found, examination, options or ingest.IngestOptions())
+            write = dataset.writer(store, found, examination)
+            return ingest.commit.fn(store, found, examination, options or ingest.IngestOptions(), write)
 
     return taken_in
 

@@ -1,7 +1,6 @@
 """tasks/checks.py: what is wrong with a batch's photographs, and where the good ones go."""
 
 import io
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +15,9 @@ from monitoring.features import STATISTICS
 from tasks import storage
 from tasks.batch import Batch, BatchItem, BatchRefused, Finding, read_batch
 from tasks.checks import RULES, Known, Plan, plan, refuse_if_too_bad
-from tasks.examination import Examination, Photograph, examine
+from tasks.examination import Photograph, Spooled, examine
 from tasks.split import SplitRule
-from tasks.storage import Store, StoredObject
+from tasks.storage import Store
 
 Made = Callable[..., bytes]
 
@@ -26,15 +25,13 @@ Made = Callable[..., bytes]
 def photo(name: str, content: str | None = None, **item: Any) -> Photograph:
     """A photograph as `examine` reports it; equal `content` stands for equal bytes."""
     label = item.pop("label", "good")
-    each = BatchItem(name, StoredObject(f"incoming/tire/b/{name}", 9, "e"), label, **item)
-    return Photograph(
-        each, content or f"sha-{name}", 1, "JPEG", 32, 32, array("f", [0.0] * len(STATISTICS)), None, 0, 9
-    )
+    each = BatchItem("incoming/tire/b/", name, 9, label, **item)
+    return Photograph(each, content or f"sha-{name}", 1, "JPEG", 32, 32, bytes(4 * len(STATISTICS)), None, 0, 9)
 
 
 @pytest.fixture(scope="module")
 def decide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Plan]]:
-    with Examination(tmp_path_factory.mktemp("spool") / "photographs") as examination:
+    with Spooled(tmp_path_factory.mktemp("spool") / "photographs") as examination:
 
         def planned(*photographs: Photograph, known: Known | None = None, **how: Any) -> Plan:
             examination.photographs = list(photographs)
@@ -205,7 +202,7 @@ def test_whatever_comes_no_group_is_divided_and_no_bytes_are_stored_twice(data: 
     )
     photographs = data.draw(st.lists(some, max_size=25, unique_by=lambda each: each.item.name))
     known = Known(groups={"g1": data.draw(st.sampled_from(["train", "val", "test"]))})
-    examination = Examination.__new__(Examination)  # no spool: nothing is read from it
+    examination = Spooled.__new__(Spooled)  # no spool: nothing is read from it
     examination.photographs, examination.findings = photographs, []
     batch = Batch("tire", "b", "incoming/tire/b/", tuple(each.item for each in photographs), (), "content")
     planned = plan(batch, examination, known, SplitRule())
@@ -256,8 +253,8 @@ def test_every_bad_file_is_found_and_every_good_one_read(store: Store, tmp_path:
 
 
 def test_a_file_beyond_the_byte_limit_is_not_even_read(store: Store, tmp_path: Path, photograph: Made) -> None:
-    listed = StoredObject("incoming/none/b/good/not-there.jpg", 65 * 2**20, "e")
-    batch = Batch("none", "b", "incoming/none/b/", (BatchItem("good/not-there.jpg", listed, "good"),), (), "content")
+    listed = BatchItem("incoming/none/b/", "good/not-there.jpg", 65 * 2**20, "good")
+    batch = Batch("none", "b", "incoming/none/b/", (listed,), (), "content")
     with examine(store, batch, tmp_path / "spool") as examination:
         assert [each.reason for each in examination.findings] == ["too_many_bytes"]
 

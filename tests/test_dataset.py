@@ -18,7 +18,7 @@ from flows import ingest
 from flows.ingest import IngestOptions
 from tasks import dataset, storage
 from tasks.batch import BatchRefused
-from tasks.dataset import DatasetVersion, newest_version, open_version, read_rows
+from tasks.dataset import DatasetVersion, newest_version, open_version, read_rows, writer
 from tasks.ingest_report import Ingested
 from tasks.storage import Store
 
@@ -40,7 +40,9 @@ def take_in(store: Store, name: str, prefix: str, spool: Path, options: IngestOp
         return before
     spool.mkdir(parents=True, exist_ok=True)
     with ingest.examine_photographs.fn(store, batch, spool) as examination:
-        return ingest.commit.fn(store, batch, examination, options or IngestOptions())
+        return ingest.commit.fn(
+            store, batch, examination, options or IngestOptions(), writer(store, batch, examination)
+        )
 
 
 def pictures(photograph: Made, first: int, count: int = 12) -> dict[str, bytes]:
@@ -176,7 +178,7 @@ def test_a_commit_that_is_tried_again_after_its_version_was_revealed_reports_tha
             take_in(store, "retried", prefix, tmp_path / "1")
     batch = ingest.find_batch.fn(store, "retried", prefix)
     with ingest.examine_photographs.fn(store, batch, tmp_path) as examination:
-        again = ingest.commit.fn(store, batch, examination, IngestOptions())
+        again = ingest.commit.fn(store, batch, examination, IngestOptions(), writer(store, batch, examination))
     assert (again.created, again.version.version, again.new_rows) == (True, 1, 12)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tasks.batch import read_batch
 from tasks.checks import Known, Plan, plan
-from tasks.dataset import Record, append, known_rows, newest_record, open_rows
+from tasks.dataset import Record, append, known_rows, newest_record, open_rows, writer
 from tasks.examination import examine
 from tasks.sources import upload_folder
 from tasks.split import SplitRule
@@ -56,7 +56,7 @@ def ingested(store: Store, dataset: str, name: str, files: dict[str, bytes], tmp
     with examine(store, batch, tmp_path / name) as examination:
         twins = find_twins(store, base, examination, RULE)
         planned = plan(batch, examination, known_rows(store, base, examination.photographs), SplitRule(), twins=twins)
-        record = append(store, base, batch, planned, examination.bytes_of, {}) if planned.rows else base
+        record = append(store, base, batch, planned, writer(store, batch, examination), {}) if planned.rows else base
     assert record is not None
     return planned, record
 
@@ -114,7 +114,7 @@ def test_a_newcomer_that_is_a_twin_of_rows_in_two_splits_is_quarantined(
     batch = read_batch(store, "twins-bridge", prefix)
     with examine(store, batch, tmp_path / "before") as examination:
         planned = plan(batch, examination, Known(), SplitRule())
-        append(store, None, batch, planned, examination.bytes_of, {})
+        append(store, None, batch, planned, writer(store, batch, examination), {})
     newcomer = {"good/c.jpg": jpeg(picture(1), 60), "good/other.jpg": jpeg(picture(7))}
     planned, record = ingested(store, "twins-bridge", "b2", newcomer, tmp_path)
     [found] = planned.quarantined
