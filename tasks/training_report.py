@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from tasks.evaluation import Evaluation
-from tasks.slices import Slice, as_csv, class_figures, weak
+from tasks.slices import Slice, as_csv, class_figures, smallest_chance, weak
 
 if TYPE_CHECKING:
     from tasks.judgement import Finding, Judged
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WEAKEST_SHOWN: Final = 8
 CLASSES_SHOWN: Final = 30
+SLIGHT: Final = 0.005  # nats; a gain in likelihood below that is not worth a word of alarm
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def _calibration(judged: "Judged") -> str:
     if found.temperature == 1.0:
         return "Temperature 1: no other fits the validation split better; scores are served as the network gave them."
     direction = "too sure of itself" if found.temperature > 1 else "less sure than it may be"
+    if found.nll_before - found.nll_after < SLIGHT:
+        direction = f"hardly {direction}"
     return (
         f"The network was {direction}: its logits are divided by the temperature {found.temperature:.3f} before the softmax "
         f"(negative log-likelihood of the validation split {found.nll_before:.4f} -> {found.nll_after:.4f})."
@@ -155,29 +158,33 @@ def _weak_table(found: Sequence[Slice]) -> str:
         return "Nothing tells the photographs apart: one class, one line, one batch."
     surely = weak(found)
     named = [each for each in found if each.column != "label"] or list(found)
-    shown = surely or sorted(named, key=lambda each: each.accuracy)
-    head = ["part", "errors", "accuracy", "p value", *(["escapes"] if shown[0].operating else [])]
+    shown = surely or sorted(named, key=smallest_chance)
+    defects = shown[0].operating is not None
+    head = ["part", "errors", "accuracy", "p value", *(["escapes", "p value"] if defects else [])]
     lines = [
         (
             *(f"{each.column}: {each.value}", f"{each.errors} of {each.count}"),
-            *(f"{each.accuracy:.4f} (at least {each.accuracy_lower:.4f})", f"{each.chance:.2g}", *_escapes(each)),
+            *(f"{each.accuracy:.4f} (at least {each.accuracy_lower:.4f})", f"{each.error_chance:.2g}", *_escapes(each)),
         )
         for each in shown[:WEAKEST_SHOWN]
     ]
+    what = f"more errors{' or escapes' if defects else ''} than chance explains"
     told = (
-        f"Of {len(found)} parts of the split, these {len(surely)} have more errors than chance explains:"
+        f"{len(surely)} of {len(found)} parts of the split have {what}:"
         if surely
-        else f"None of {len(found)} parts of the split has more errors than chance explains. The least accurate ones:"
+        else f"None of {len(found)} parts of the split has {what}. The most suspicious ones:"
     )
     return f"{told}\n\n{_table(head, lines)}"
 
 
 def _escapes(part: Slice) -> list[str]:
-    """The cell of the column that only tasks with defects have."""
+    """The cells of the columns that only tasks with defects have."""
     point = part.operating
     if point is None:
         return []
-    return [_rate(point.escapes, point.defects, point.escape_upper) if point.defects else ""]
+    if not point.defects:
+        return ["no defects", ""]
+    return [_rate(point.escapes, point.defects, point.escape_upper), f"{part.escape_chance:.2g}"]
 
 
 def _explanation(explanation: bytes | str) -> list[str]:

@@ -86,6 +86,18 @@ def test_a_planted_weakness_is_pointed_out_and_luck_is_not():
     assert [(part.column, part.value) for part in weak(parts)] == [("line", "broken lamp")]
 
 
+def test_escapes_are_pointed_out_where_the_accuracy_hides_them():
+    truth = np.array([WORN] * 20 + [GOOD] * 60 + [WORN] * 80)
+    wall = ["white"] * 80 + ["dark"] * 80  # as many errors before both; before the white wall all of them are escapes
+    decided = truth.copy()
+    decided[:14] = GOOD
+    decided[146:] = GOOD
+    table = rows(160, line=wall)
+    parts = slices(decided, truth, RULE, table, thirds(table))
+    (part,) = weak(parts)
+    assert part.value == "white" and part.error_chance > 0.5 > 1000 * part.escape_chance
+
+
 def test_errors_spread_at_random_are_seldom_called_a_weakness():
     alarms = 0
     for seed in range(60):
