@@ -1,8 +1,8 @@
 """Where a model is weak: one split cut by class, line, batch and image statistics, each part with its own figures. Pure.
 
 A part is pointed out only when its errors, or its escapes among its defects, are more than chance explains (Fisher's exact test
-against the rest of the split), because among forty parts some look bad by luck. Escapes are tested by themselves: on tires
-before a white wall, 11 of 19 defects passed as good where the accuracy was an ordinary 0.78, since most tires there are good.
+against the rest of the split), because among forty parts some look bad by luck. Escapes are tested by themselves:
+before a plain background 11 of 19 defective tires passed as good where the accuracy was an ordinary 0.78 (docs/evaluation.md).
 """
 
 import csv
