@@ -4,10 +4,11 @@
 
 Of each set 5 % of the labels are changed at random to another class (seeds 0, 1, 2); then all of them are judged as the flow
 `labels` judges them by default. Found: the share of the changed ones within the most doubtful tenth of the set. Nothing is
-tuned on the changed labels: the strength of the ridge is chosen by how well the given labels, wrong ones included, are predicted.
+tuned on the changed labels: the strength of the ridge is chosen by how well the given labels, wrong ones included, are
+predicted.
 
-FOLDER holds `tyre-condition`, `magnetic-tile`, `cifar10-jpg` and `mnist`; the solar cells come with the extra `demo`, the digits
-with scikit-learn. What is absent is left out.
+FOLDER holds `tyre-condition`, `magnetic-tile`, `cifar10-jpg` and `mnist`; the solar cells come with the extra `demo`, the
+digits with scikit-learn. What is absent is left out.
 """
 
 import argparse

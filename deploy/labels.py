@@ -1,9 +1,6 @@
 """`tirewatch labels ...`: what is doubted, a folder to review, the decisions sent back, and how far people agree."""
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -11,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from deploy.stack import StackError, read_stack
+from deploy.dataset import add_row, say, settings_of, table_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,7 +20,6 @@ if TYPE_CHECKING:
     from tasks.storage import Store
 
 app: Final = typer.Typer(no_args_is_help=True, help="Doubted labels: show, review, submit; agreement of annotators.")
-console: Final = Console()
 
 State = Annotated[Path, typer.Option(help="State folder of the stack")]
 Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Without a version, the newest")]
@@ -32,19 +27,6 @@ _STATE: Final = Path(".tirewatch")
 _REFERENCE: Final = re.compile(r"([a-z0-9][a-z0-9_-]{0,62})(?:@v?(\d{1,9}))?")
 _SHEET: Final = 8_000_000  # bytes of a sheet in a folder
 _PLAIN: Final = re.compile(r"[^\w-]+")
-
-
-@contextmanager
-def _store(state: Path) -> "Iterator[Store]":
-    """The bucket of the running stack; what people can mend ends in one sentence and exit code 1."""
-    try:
-        os.environ.update(read_stack(state).environment())
-        from flows.settings import Settings
-
-        yield Settings().store
-    except (StackError, LookupError, ValueError, FileNotFoundError, FileExistsError) as error:
-        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -56,19 +38,19 @@ def show(
     """What the newest run of `labels/<recipe>` found about a dataset version."""
     from tasks.label_report import headline
 
-    with _store(state) as store:
-        _, findings, suspects = _found(store, reference)
-    _say(f"{headline(findings)}; {suspects.num_rows} of them nobody has looked at")
-    _say(f"estimated share of wrong labels {findings.error_rate:.1%}; agreement {findings.agreement:.1%}")
-    pairs = _table("labelled", "probably", "photographs, about", "share")
+    with settings_of(state) as here:
+        _, findings, suspects = _found(here.store, reference)
+    say(f"{headline(findings)}; {suspects.num_rows} of them nobody has looked at")
+    say(f"estimated share of wrong labels {findings.error_rate:.1%}; agreement {findings.agreement:.1%}")
+    pairs = table_of("labelled", "probably", "photographs, about", "share")
     for each in findings.noise[:limit]:
-        _add(pairs, each.given, each.likely, f"{each.photographs:.0f}", f"{each.share:.1%}")
-    console.print(pairs)
-    table = _table("rank", "sha256", "labelled", "probably", "sure", "split", "source")
+        add_row(pairs, each.given, each.likely, f"{each.photographs:.0f}", f"{each.share:.1%}")
+    say(pairs)
+    table = table_of("rank", "sha256", "labelled", "probably", "sure", "split", "source")
     for row in suspects.slice(0, limit).to_pylist():
         names = (row["given"], row["suggested"], f"{row['suggested_confidence']:.2f}", row["split"], row["source_key"])
-        _add(table, str(row["rank"]), row["sha256"][:12], *names)
-    console.print(table, soft_wrap=True)
+        add_row(table, str(row["rank"]), row["sha256"][:12], *names)
+    say(table)
 
 
 @app.command()
@@ -83,19 +65,20 @@ def review(
     from tasks.label_report import sheet
     from tasks.label_review import review_document, review_entries, write_review_folder
 
-    with _store(state) as store:
+    with settings_of(state) as here:
+        store = here.store
         version, findings, suspects = _found(store, reference)
         rows = suspects.slice(0, limit).to_pylist()
         if not rows:
-            _say(f"{findings.dataset} v{findings.version}: no doubted label is left that nobody has looked at")
+            say(f"{findings.dataset} v{findings.version}: no doubted label is left that nobody has looked at")
             return
         pictures = photographs_of(store, version, [row["sha256"] for row in rows])
         images = [pictures[row["sha256"]] for row in rows]
         document = review_document(findings.dataset, findings.version, review_entries(suspects.slice(0, limit)))
         named = ((_name(row), data) for row, data in zip(rows, images, strict=True))
         write_review_folder(folder, document, named, sheet(rows, images, side=160, most=_SHEET))
-    _say(f"{len(rows)} photographs in {folder}: look at sheet.jpg, edit annotations.json, then")
-    _say(f"tirewatch labels submit {folder} {findings.dataset}")
+    say(f"{len(rows)} photographs in {folder}: look at sheet.jpg, edit annotations.json, then")
+    say(f"tirewatch labels submit {folder} {findings.dataset}")
 
 
 @app.command()
@@ -111,15 +94,19 @@ def submit(
     from tasks.label_review import reviewed
     from tasks.label_review import submit as send
 
-    with _store(state) as store:
+    with settings_of(state) as here:
+        store = here.store
         newest = read_records(store, dataset)[-1]
-        labels = open_rows(store, newest).to_table(columns=["sha256", "label"])
+        labels = open_rows(store, newest).totable_of(columns=["sha256", "label"])
         known = dict(zip(labels["sha256"].to_pylist(), labels["label"].to_pylist(), strict=True))
-        document = (folder / ANNOTATIONS if folder.is_dir() else folder).read_bytes()
+        path = folder / ANNOTATIONS if folder.is_dir() else folder
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: name the folder that `tirewatch labels review` made")
+        document = path.read_bytes()
         decided = reviewed(document, known, newest.version.classes)
         prefix = send(store, dataset, newest.version.version, decided, batch or f"review-{decided.content}")
         where = f" sent as {store.uri(prefix)}" if prefix else ""
-    _say(f"{len(decided.entries)} labels corrected{where}, {len(decided.confirmed)} confirmed")
+    say(f"{len(decided.entries)} labels corrected{where}, {len(decided.confirmed)} confirmed")
 
 
 @app.command()
@@ -137,27 +124,27 @@ def agreement(
     """How far annotators agree, whom to trust, and what their votes add up to."""
     from tasks.agreement import consensus, fleiss_kappa, pair_agreements, read_votes
 
-    if reference is None:
+    if reference is None:  # needs no stack
         try:
             read = read_votes(votes)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
         found = consensus(read)
     else:
-        with _store(state) as store:
-            read, found, changed = _weighed(store, votes, reference)
+        with settings_of(state) as here:
+            read, found, changed = _weighed(here.store, votes, reference)
             if corrections is not None:
                 _write_new(corrections, changed)
-    _say(f"{len(read.sha256)} photographs, {len(read.annotators)} annotators, Fleiss' kappa {fleiss_kappa(read):.3f}")
-    pairs = _table("annotator", "annotator", "photographs", "same label", "Cohen's kappa")
+    say(f"{len(read.sha256)} photographs, {len(read.annotators)} annotators, Fleiss' kappa {fleiss_kappa(read):.3f}")
+    pairs = table_of("annotator", "annotator", "photographs", "same label", "Cohen's kappa")
     for pair in pair_agreements(read):
-        _add(pairs, pair.first, pair.second, str(pair.photographs), f"{pair.same:.1%}", _number(pair.kappa))
-    console.print(pairs)
-    people = _table("annotator", "photographs", "as the consensus", "quality")
+        add_row(pairs, pair.first, pair.second, str(pair.photographs), f"{pair.same:.1%}", _number(pair.kappa))
+    say(pairs)
+    people = table_of("annotator", "photographs", "as the consensus", "quality")
     for each in found.annotators:
-        _add(people, each.name, str(each.photographs), f"{each.agreement:.1%}", _number(each.quality))
-    console.print(people)
+        add_row(people, each.name, str(each.photographs), f"{each.agreement:.1%}", _number(each.quality))
+    say(people)
 
 
 def _weighed(store: "Store", path: Path, reference: str) -> "tuple[Votes, Consensus, bytes]":
@@ -226,18 +213,3 @@ def _name(row: dict[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return "-" if isnan(value) else f"{value:.3f}"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _add(table: Table, *values: str) -> None:
-    table.add_row(*(escape(value) for value in values))  # a class may well be called [bold]
-
-
-def _say(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -69,6 +69,8 @@ def read_votes(path: Path, classes: Sequence[str] = ()) -> Votes:
 
     Raises ValueError with the line of what cannot be used.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: name a CSV file with the columns {', '.join(COLUMNS)}")
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         if missing := set(COLUMNS) - set(rows.fieldnames or ()):
@@ -76,7 +78,9 @@ def read_votes(path: Path, classes: Sequence[str] = ()) -> Votes:
                 f"{path} lacks the column {', '.join(sorted(missing))}: the columns are {', '.join(COLUMNS)}"
             )
         try:
-            told = [(f"{path.name}, line {rows.line_num}", *(row[name] for name in COLUMNS)) for row in rows]
+            told = [
+                (f"{path.name}, line {rows.line_num}", row["sha256"], row["annotator"], row["label"]) for row in rows
+            ]
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no CSV file in UTF-8 (line {rows.line_num}): {error}") from None
     return collected(told, classes)
@@ -163,7 +167,7 @@ def _majority(votes: Votes) -> Consensus:
 
 def _crowdlab(votes: Votes, probabilities: NDArray[np.float64]) -> Consensus:
     import pandas as pd
-    from cleanlab.multiannotator import get_label_quality_multiannotator
+    from cleanlab.multiannotator import get_label_quality_multiannotator  # type: ignore[import-untyped]
 
     table = pd.DataFrame(votes.table, columns=list(votes.annotators), dtype=float).mask(votes.table == _NONE)
     found = get_label_quality_multiannotator(table, probabilities, verbose=False)

@@ -215,7 +215,7 @@ def reviewed(document: bytes, labels: Mapping[str, str], classes: Sequence[str])
             raise ValueError(
                 f"{place}: sha256 is {sha256!r}, which the dataset does not hold: leave the line as it was"
             )
-        if label not in classes:
+        if not isinstance(label, str) or label not in classes:
             raise ValueError(
                 f"{place} (sha256 {sha256[:12]}): label_value is {label!r}; write one of {', '.join(classes)}"
             )

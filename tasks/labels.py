@@ -106,7 +106,7 @@ def by_features(
     """[N, C] out of sample by a ridge logistic regression on features [N, D], and the strength that was taken: the one with the
     least out-of-sample log loss. The mean over `rounds` draws of the folds.
     """
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     # Pooled activations are skewed: by their roots 1-3 points more planted flips are found (docs/labels.md).
     rooted = (np.sign(features) * np.sqrt(np.abs(features))).astype(np.float32)
@@ -149,9 +149,9 @@ def opinion(labels: NDArray[np.int64], probabilities: Probabilities, classes: Se
 
     Raises ValueError for probabilities that are none.
     """
-    from cleanlab.count import compute_confident_joint, estimate_joint
-    from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_label_quality_scores
+    from cleanlab.count import compute_confident_joint, estimate_joint  # type: ignore[import-untyped]
+    from cleanlab.filter import find_label_issues  # type: ignore[import-untyped]
+    from cleanlab.rank import get_label_quality_scores  # type: ignore[import-untyped]
 
     if probabilities.shape != (len(labels), len(classes)) or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-3):
         raise ValueError(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from deploy import labels as commands
+from deploy import dataset as commands
 from deploy.cli import app
 from deploy.stack import read_stack
 from flows import labels as flow
@@ -173,8 +173,8 @@ def test_annotators_are_weighed_against_the_ranking_and_their_consensus_corrects
         (("show", "nothing"), r"there is no dataset 'nothing'; there are: "),
         (("show", "unseen"), r"the labels of unseen v1 have not been examined: prefect deployment run 'labels/unseen'"),
         (("review", "unseen@x", "out"), r"'unseen@x' names no version: write NAME or NAME@VERSION"),
-        (("submit", "{folder}", "unseen"), r"No such file or directory: .*annotations.json"),
-        (("agreement", "{folder}/none.csv"), r"No such file or directory: .*none.csv"),
+        (("submit", "{folder}", "unseen"), r".*annotations.json does not exist: name the folder"),
+        (("agreement", "{folder}/none.csv"), r".*none.csv does not exist: name a CSV file with"),
     ],
 )
 def test_what_is_wrong_gets_one_sentence(
