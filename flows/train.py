@@ -29,8 +29,6 @@ from tasks.start import StartRule
 from tasks.storage import NETWORK_RETRY, Store
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from tasks.checkpoints import Undertaking
     from tasks.claims import Subject
     from tasks.dataset import DatasetVersion
@@ -220,32 +218,23 @@ def judge(
     store: Store, trained: "Trained", validation: "Samples", version: "DatasetVersion", config: TrainConfig
 ) -> "Judged":
     """Temperature and operating threshold, chosen on the validation split, and that split's figures under both."""
+    from tasks.dataset import read_table
     from tasks.judgement import judge_validation
 
-    rows = rows_without_photographs(store, version, "val")
+    rows = read_table(store, version, "val")
     return judge_validation(trained.network, validation, rows, version.classes, config)
 
 
 def final_test(store: Store, version: "DatasetVersion", judged: "Judged", config: TrainConfig) -> "Finding | None":
     """The one look at the test split, after weights, temperature and threshold are final; None when the version has none."""
+    from tasks.dataset import read_table
     from tasks.judgement import judge_test
 
     if not version.splits.get("test"):
         log.warning("%s v%d has no test split: promotion will lack evidence", version.name, version.version)
         return None
     test = load(store, version, "test", config)
-    return judge_test(judged, test, rows_without_photographs(store, version, "test"))
-
-
-def rows_without_photographs(store: Store, version: "DatasetVersion", split: str) -> "pa.Table":
-    """Every column of the split's rows but the photograph."""
-    import pyarrow as pa
-
-    from tasks.dataset import read_rows
-    from tasks.dataset_rows import SCHEMA
-
-    columns = [name for name in SCHEMA.names if name != "image"]
-    return pa.Table.from_batches(list(read_rows(store, version, [split], columns)))
+    return judge_test(judged, test, read_table(store, version, "test"))
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)

@@ -164,7 +164,7 @@ def _experiment(client: "MlflowClient", name: str) -> str:
     if found is not None:
         return str(found.experiment_id)
     try:
-        return str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
+        return str(client.create_experiment(name))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
