@@ -3,16 +3,17 @@
 import io
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from tasks.images import decode
 from tasks.label_review import Findings
 
 SIDE: Final = 128  # pixels of a picture on the page
 _GAP, _CAPTION, _COLUMNS = 8, 34, 6
-_LETTER: Final = 6.5  # pixels of a letter of the captions
+_LETTER: Final = 7  # pixels of a letter of the captions
 MAX_SHEET: Final = 400_000  # bytes of the pictures on a page: Prefect keeps them in its database
 _QUALITIES: Final = (85, 70, 50, 30)
 
@@ -40,12 +41,14 @@ def headline(findings: Findings) -> str:
 
 
 def _how_sure(findings: Findings) -> str:
-    method = ", ".join(f"{name} {value}" for name, value in findings.method.items() if not isinstance(value, dict))
+    splits = ", ".join(findings.method["splits"])
+    told = ("network", "image_size", "folds", "rounds", "seed")
+    method = ", ".join(f"{name.replace('_', ' ')} {findings.method[name]}" for name in told if name in findings.method)
     return (
-        f"Each of the {findings.photographs} labels was judged by models that had seen neither the photograph nor another "
-        f"of its group ({method}). They would have given {findings.agreement:.1%} of the labels themselves. Confident "
-        f"learning takes about {findings.error_rate:.1%} of all labels for wrong; what the judge cannot tell apart counts into "
-        "that number too, so it is an upper estimate where the judge is weak."
+        f"Each of the {findings.photographs} labels ({splits}) was judged by models that had seen neither the photograph nor "
+        f"another of its group (judge {findings.method['judge']}, {method}). They would have given {findings.agreement:.1%} of "
+        f"the labels themselves. Confident learning takes about {findings.error_rate:.1%} of all labels for wrong; what the "
+        "judge cannot tell apart counts into that number too, so it is an upper estimate where the judge is weak."
     )
 
 
@@ -87,8 +90,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "probably": row["suggested"],
             "sure": f"{row['suggested_confidence']:.2f}",
             "split": row["split"],
-            "sha256": row["sha256"],
             "source": row["source_key"],
+            "sha256": row["sha256"],
         }
         for row in rows
     ]
@@ -110,12 +113,12 @@ def sheet(
     step, height = side + _GAP, side + _CAPTION + _GAP
     canvas = Image.new("RGB", (min(len(rows), _COLUMNS) * step - _GAP, lines * height - _GAP), "white")
     draw = ImageDraw.Draw(canvas)
-    letters = int(side / _LETTER)
+    letters, font = int(side / _LETTER), _font()
     for at, (row, data) in enumerate(zip(rows, photographs, strict=True)):
         left, top = at % _COLUMNS * step, at // _COLUMNS * height
         first, second = f"{row['rank']}: {row['given']}", f"→ {row['suggested']} {row['suggested_confidence']:.2f}"
-        draw.text((left, top), _short(first, letters), fill="black", font_size=12)
-        draw.text((left, top + 15), _short(second, letters), fill=(190, 0, 0), font_size=12)
+        draw.text((left, top), _short(first, letters), fill="black", font=font)
+        draw.text((left, top + 15), _short(second, letters), fill=(190, 0, 0), font=font)
         canvas.paste(Image.fromarray(decode(data, side)), (left, top + _CAPTION))
     for quality in _QUALITIES:
         out = io.BytesIO()
@@ -123,6 +126,13 @@ def sheet(
         if out.tell() <= most:
             break
     return out.getvalue()
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans as matplotlib carries it: Pillow's own font lacks arrows and most alphabets, in which classes are named."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 11)
 
 
 def _short(text: str, letters: int) -> str:

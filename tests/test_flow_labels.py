@@ -7,7 +7,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,40 +119,6 @@ def test_the_page_shows_pictures_of_the_suspects_and_the_table_lists_them(store:
     assert "&lt;b>\\|1" in text and "<b>" not in text
     rows = json.loads(artifact("suspects-labels-page"))
     assert len({row["sha256"] for row in rows} & planted.keys()) >= 5
-
-
-@needs_weights
-@pytest.mark.slow
-@pytest.mark.browser
-def test_the_page_and_the_table_are_readable_in_a_browser(
-    store: Store, ingested: Ingest, prefect_api: str, tmp_path: Path
-) -> None:
-    from playwright.sync_api import sync_playwright
-
-    chromium = next((path for path in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(path).exists()), None)
-    if chromium is None:
-        pytest.skip("no Chromium is installed (apt install chromium)")
-    ingested(store, "labels-seen", "b1", scans()[0], PLAIN)
-    run("labels-seen", QUICK.model_copy(update={"shown": 12}))
-    with get_client(sync_client=True) as client:
-        found = client.request("POST", "/artifacts/latest/filter", json={}).json()
-    latest = {each["key"]: each["latest_id"] for each in found}
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
-        page = browser.new_page(viewport={"width": 1300, "height": 1400})
-        page.goto(f"{prefect_api.removesuffix('/api')}/artifacts/artifact/{latest['labels-labels-seen']}")
-        page.wait_for_selector("img[src^='data:image/jpeg']", timeout=60_000)
-        widths = page.eval_on_selector_all("img[src^='data:image/jpeg']", "all => all.map(one => one.naturalWidth)")
-        text = page.inner_text("body")
-        page.screenshot(path=str(tmp_path / "labels.png"), full_page=True)
-        page.goto(f"{prefect_api.removesuffix('/api')}/artifacts/artifact/{latest['suspects-labels-seen']}")
-        page.wait_for_selector("text=incoming/labels-seen/b1", timeout=60_000)
-        page.screenshot(path=str(tmp_path / "suspects.png"), full_page=True)
-        browser.close()
-    assert widths == [6 * 136 - 8]
-    assert "labels of labels-seen v1 are doubted" in text and "Which classes are confused" in text
 
 
 @needs_weights

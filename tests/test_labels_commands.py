@@ -3,7 +3,10 @@
 import csv
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,11 @@ from tasks.dataset_compare import difference
 from tasks.label_review import read_findings, suspects_of
 from tasks.recipe import TrainConfig
 from tasks.sources import digit_folders
+from tasks.storage import Store
 from tasks.twin_rule import TwinRule
 
 Ingest = Callable[..., Any]
+ROOT = Path(__file__).parents[1]
 NOT_NEEDED = ("prefect", "mlflow", "triton", "bridge", "worker-cpu", "worker-gpu", "watchdog")
 PLAIN = IngestOptions(twins=TwinRule(hash_distance=0))  # scans of digits are all alike
 pytestmark = pytest.mark.skipif(
@@ -187,3 +192,61 @@ def test_what_is_wrong_gets_one_sentence(
     assert (result.exit_code, result.stdout.strip()) == (1, "")
     assert re.match(rf"error .*{message}", result.stderr), result.stderr
     assert "Traceback" not in result.output
+
+
+RUN = """
+import sys
+from flows.labels import LabelOptions, labels
+state = labels("digits", options=LabelOptions(image_size=64, rounds=1, shown=12), return_state=True)
+assert state.name == "Suspects", state
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.timeout(900)
+def test_the_page_and_the_table_are_readable_in_a_browser(
+    scans: dict[str, bytes], ingested: Ingest, tmp_path: Path
+) -> None:
+    """On a Prefect server as people have it, with its pages."""
+    import httpx
+    from playwright.sync_api import sync_playwright
+
+    chromium = next((path for path in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(path).exists()), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed (apt install chromium)")
+    state = tmp_path / ".tirewatch"
+    left_out = [f"--without={name}" for name in NOT_NEEDED if name != "prefect"]
+    started = CliRunner().invoke(app, ["up", "--state", str(state), *left_out])
+    try:
+        assert started.exit_code == 0, started.output
+        stack = read_stack(state)
+        environment = stack.environment()
+        store = Store(
+            *(
+                environment[f"TIREWATCH_S3_{name}"]
+                for name in ("BUCKET", "ENDPOINT_URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+            )
+        )
+        ingested(store, "digits", "scans", scans, PLAIN)
+        subprocess.run([sys.executable, "-c", RUN], cwd=ROOT, env={**os.environ, **environment}, check=True)
+        latest = httpx.post(f"{stack.prefect_url}/api/artifacts/latest/filter", json={}, timeout=60).json()
+        artifact = {each["key"]: f"{stack.prefect_url}/artifacts/artifact/{each['latest_id']}" for each in latest}
+        with sync_playwright() as driver:
+            browser = driver.chromium.launch(
+                executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+            )
+            page = browser.new_page(viewport={"width": 1300, "height": 1400})
+            page.goto(artifact["labels-digits"])
+            page.wait_for_selector("img[src^='data:image/jpeg']", timeout=120_000)
+            widths = page.eval_on_selector_all("img[src^='data:image/jpeg']", "all => all.map(one => one.naturalWidth)")
+            text = page.inner_text("body")
+            page.screenshot(path=str(tmp_path / "labels.png"), full_page=True)
+            page.goto(artifact["suspects-digits"])
+            page.wait_for_selector("text=incoming/digits/scans", timeout=120_000)
+            page.screenshot(path=str(tmp_path / "suspects.png"), full_page=True)
+            browser.close()
+    finally:
+        CliRunner().invoke(app, ["down", "--state", str(state)])
+    assert len(widths) == 1 and widths[0] >= 6 * 136 - 8
+    assert "labels of digits v1 are doubted" in text and "Which classes are confused" in text
