@@ -10,7 +10,7 @@ from tasks.recipe import ARCHITECTURES
 BIG = {"vgg16", "resnet50", "efficientnet_b0", "efficientnet_b1", "efficientnet_b2"}  # 10 to 40 s to export here
 EVERY = [pytest.param(name, marks=pytest.mark.slow) if name in BIG else name for name in ARCHITECTURES]
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v3_small", "vit_b_32")]
-SIDES = {"vit_b_32": 224}
+SIDES = {"vit_b_32": 224, "mlp": 40}  # the one side it takes; one that the grid of the MLP does not divide
 
 
 @pytest.fixture(scope="module", params=[*EVERY, *OTHERS])
