@@ -7,7 +7,8 @@ import torch
 from tasks.augmentation import augment
 from tasks.decision import DecisionRule
 from tasks.evaluation import evaluate
-from tasks.optimization import EarlyStopping, learning_rate_factor
+from tasks.losses import Loss
+from tasks.optimization import EarlyStopping, RateSchedule, learning_rate_factor
 from tasks.recipe import Augmentation, TrainConfig
 from tasks.samples import Samples
 from tasks.training import predict, train
@@ -215,6 +216,81 @@ def test_schedules_stay_within_the_peak_and_one_cycle_rises_first(schedule):
     assert (factors[0] < 0.1) is (schedule == "one_cycle")
     assert (factors[-1] < 0.01) is (schedule != "constant")
     assert factors.index(max(factors)) == (25 if schedule == "one_cycle" else 0)
+
+
+def test_a_stepped_rate_falls_every_so_many_epochs():
+    schedule = RateSchedule("step", factor=0.5, epochs=2)
+    assert [schedule.at(epoch, 0.9) for epoch in range(1, 7)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_a_rate_on_a_plateau_falls_after_epochs_without_a_better_loss_and_counts_anew():
+    schedule, rates = RateSchedule("plateau", factor=0.1, epochs=2), []
+    for epoch, loss in enumerate((1.0, 0.8, 0.9, 0.85, 0.84, 0.7, 0.7, 0.7), 1):
+        rates.append(schedule.at(epoch, 0.0))
+        schedule.epoch_ended(loss)
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1])
+    assert schedule.at(9, 1.0) == pytest.approx(0.01)
+    other = RateSchedule("plateau", factor=0.1, epochs=2)
+    other.restore(schedule.state())
+    assert other == schedule
+
+
+@pytest.mark.parametrize("schedule", ["step", "plateau"])
+def test_a_training_follows_its_schedule(schedule):
+    config = QUICK.model_copy(
+        update={"schedule": schedule, "rate_epochs": 1, "rate_factor": 0.1, "epochs": 4, "learning_rate": 0.3}
+    )
+    epochs = train(samples(48), samples(24, 1), CLASSES, config.model_copy(update={"patience": 100})).epochs
+    rates = [epoch.learning_rate for epoch in epochs]
+    if schedule == "step":
+        assert rates == pytest.approx([0.3, 0.03, 0.003, 0.0003])
+    else:
+        best = np.minimum.accumulate([epoch.validation_loss for epoch in epochs])
+        falls = np.cumsum([0, *(best[1:-1] == best[:-2])]) if len(best) > 2 else [0]
+        assert rates[1:] == pytest.approx([0.3 * 0.1**fall for fall in falls])
+
+
+def test_the_focal_loss_is_that_of_the_paper_and_cross_entropy_without_its_exponent():
+    logits = torch.tensor([[2.0, -1.0, 0.3], [0.1, 0.2, 0.3]])
+    labels, weight = torch.tensor([0, 2]), torch.tensor([1.0, 1.0, 2.0])
+    p = torch.softmax(logits, 1)[torch.arange(2), labels]
+    expected = (-((1 - p) ** 2) * p.log() * weight[labels]).sum()
+    assert float(Loss("focal", weight, 0.1, 2.0).total(logits, labels, True)) == pytest.approx(float(expected))
+    plain = Loss("cross_entropy", weight, 0.0, 2.0).total(logits, labels, True)
+    assert float(Loss("focal", weight, 0.1, 0.0).total(logits, labels, True)) == pytest.approx(float(plain))
+    sure = torch.tensor([[60.0, -60.0, 0.0]], requires_grad=True)
+    Loss("focal", None, 0.0, 0.5).total(sure, torch.tensor([0]), True).backward()
+    assert sure.grad.isfinite().all(), "what is certain gives no gradient, and not one that is no number"
+
+
+def test_smoothing_is_for_training_only():
+    logits, labels = torch.tensor([[4.0, 0.0]]), torch.tensor([0])
+    loss = Loss("cross_entropy", None, 0.2, 2.0)
+    assert loss.total(logits, labels, True) > 5 * loss.total(logits, labels, False)
+
+
+def test_the_gradient_is_no_longer_than_the_recipe_says():
+    config = QUICK.model_copy(
+        update={"optimizer": "sgd", "learning_rate": 1.0, "clip_norm": 1e-4, "schedule": "constant", "epochs": 1}
+    )
+    config = config.model_copy(update={"weight_decay": 0.0})
+    first = train(samples(32), samples(16, 1), CLASSES, QUICK).network.classifier.state_dict()
+    weights = {name: value.clone() for name, value in first.items()}
+    after = train(samples(32), samples(16, 1), CLASSES, config, weights=weights).network.classifier
+    moved = [float((p.detach() - weights[name]).norm()) for name, p in after.named_parameters()]
+    # Two steps of at most the length 1e-4, with Nesterov momentum 0.9: (1 + 0.9) and (1 + 0.9 + 0.81) of it.
+    assert 0 < sum(each**2 for each in moved) ** 0.5 <= (1.9 + 2.71) * 1e-4 * 1.01
+
+
+def test_the_deterministic_mode_is_on_while_training_and_off_again_after():
+    seen = []
+    config = QUICK.model_copy(update={"deterministic": True})
+    train(samples(32), samples(16, 1), CLASSES, config, lambda _: seen.append(deterministic_now()))
+    assert seen == [True, True] and not deterministic_now()
+
+
+def deterministic_now() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def _varied(how: Augmentation, images: torch.Tensor, seed: int = 0) -> torch.Tensor:
