@@ -97,7 +97,7 @@ def submit(
     with settings_of(state) as here:
         store = here.store
         newest = read_records(store, dataset)[-1]
-        labels = open_rows(store, newest).totable_of(columns=["sha256", "label"])
+        labels = open_rows(store, newest).to_table(columns=["sha256", "label"])
         known = dict(zip(labels["sha256"].to_pylist(), labels["label"].to_pylist(), strict=True))
         path = folder / ANNOTATIONS if folder.is_dir() else folder
         if not path.is_file():
