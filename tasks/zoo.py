@@ -142,7 +142,7 @@ def _by_position(ours: dict[str, Any], theirs: dict[str, Tensor]) -> dict[str, T
     if len(ours) != LITE0_TENSORS or [t.shape for t in ours.values()] != [t.shape for t in theirs.values()]:
         raise RuntimeError(
             f"the packaged weights hold {len(theirs)} tensors, timm's network {len(ours)}, and {LITE0_TENSORS} of equal "
-            "shape were expected: install the versions that requirements-demo.lock pins"
+            "shape were expected: install the versions that requirements-weights.lock pins"
         )
     return dict(zip(ours, theirs.values(), strict=True))
 
@@ -151,8 +151,11 @@ def _torchvision(name: str, pretrained: bool) -> Backbone:
     """Any classifier of torchvision by its name: its own stages for ResNets and EfficientNets, one single stage for others."""
     from torchvision.models import EfficientNet, ResNet, SqueezeNet
 
-    with _from_hub(name):
-        net = _built(name, weights="DEFAULT" if pretrained else None)
+    if pretrained:
+        with _from_hub(name):
+            net = _built(name, weights="DEFAULT")
+    else:
+        net = _built(name, weights=None)
     if isinstance(net, ResNet):
         stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         return Backbone(_pooled(stem, net.layer1, net.layer2, net.layer3, net.layer4), net.fc.in_features)
@@ -249,15 +252,22 @@ def require_size(architecture: str, image_size: int) -> None:
             raise ValueError(f"{architecture} takes images of {sizes} pixels a side, not {image_size}")
         return
     require_torchvision_classifier(architecture)
-    with (
-        torch.device("meta"),
-        torch.no_grad(),
-    ):  # shapes without numbers: a tenth of a second, whatever the network's size
-        net = _built(architecture, weights=None).eval()
-        try:
-            net(torch.empty(2, 3, image_size, image_size))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise ValueError(f"{architecture} cannot take images of {image_size} pixels a side: {error}") from error
+    net = _without_numbers(architecture).eval()
+    try:
+        net(torch.empty(2, 3, image_size, image_size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"{architecture} cannot take images of {image_size} pixels a side: {error}") from error
+
+
+def _without_numbers(name: str) -> nn.Module:
+    """A network of torchvision that computes shapes only: a tenth of a second, whatever its size."""
+    net: nn.Module
+    try:
+        with torch.device("meta"):
+            net = _built(name, weights=None)
+    except NotImplementedError:  # RegNets work their widths out with tensors
+        net = _built(name, weights=None).to("meta")
+    return net
 
 
 def normalisation(architecture: str) -> Normalisation:

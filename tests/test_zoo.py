@@ -68,6 +68,7 @@ def test_a_network_of_torchvision_says_itself_which_size_it_cannot_take(architec
     with pytest.raises(ValueError, match=f"{architecture} cannot take images of {size} pixels a side"):
         require_size(architecture, size)
     require_size(architecture, 224)
+    require_size("regnet_y_400mf", size)
 
 
 def test_an_unknown_architecture_lists_what_exists():
@@ -104,14 +105,17 @@ def test_the_form_offers_the_zoo_and_leaves_room_for_other_names():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", torchvision_classifiers())
+@pytest.mark.parametrize(
+    "architecture", [name for name in torchvision_classifiers() if name != "regnet_y_128gf"]
+)  # 2.6 GB
 def test_every_classifier_of_torchvision_gets_a_head_of_ours(architecture):
     """On the meta device: shapes without numbers."""
-    with torch.device("meta"):
-        classifier = build_model(architecture, 5, pretrained=False).train()
-        images = torch.empty(2, 3, 224, 224)
-        assert classifier(images).shape == (2, 5)
-        assert classifier.embed(images).shape == (2, classifier.head.in_features)
+    require_size(architecture, 224)
+    with torch.device("cpu" if architecture.startswith("regnet") else "meta"):  # RegNets work with numbers at first
+        classifier = build_model(architecture, 5, pretrained=False).train().to("meta")
+    images = torch.empty(2, 3, 224, 224, device="meta")
+    assert classifier(images).shape == (2, 5)
+    assert classifier.embed(images).shape == (2, classifier.head.in_features)
     assert not [m for m in classifier.stages.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
 
 
