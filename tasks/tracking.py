@@ -191,6 +191,7 @@ def _to_continue(known: Sequence[Any], has_checkpoint: bool) -> str | None:
 
 def _identity(dataset: "DatasetVersion", config: TrainConfig) -> dict[str, str]:
     return {
+        "recipe": f"train/{dataset.name}",
         "dataset": dataset.name,
         "dataset_version": str(dataset.version),
         "dataset_digest": dataset.digest,
