@@ -15,6 +15,13 @@ SIDE: Final = 128  # pixels of a picture on the page
 _GAP, _CAPTION, _COLUMNS = 8, 34, 6
 _LETTER: Final = 7  # pixels of a letter of the captions
 MAX_SHEET: Final = 400_000  # bytes of the pictures on a page: Prefect keeps them in its database
+WEAK: Final = (
+    0.7  # agreement below which most doubts are the judge's own: on CIFAR-10 0.54, a third of all labels doubted
+)
+_WEAK: Final = (
+    "\n\n**The judge is weak here**: most of these doubts will be its own mistakes. Examine again with the judge `training`, "
+    "or with a larger image_size, before a person spends time on them."
+)
 _QUALITIES: Final = (85, 70, 50, 30)
 
 
@@ -49,6 +56,7 @@ def _how_sure(findings: Findings) -> str:
         f"another of its group (judge {findings.method['judge']}, {method}). They would have given {findings.agreement:.1%} of "
         f"the labels themselves. Confident learning takes about {findings.error_rate:.1%} of all labels for wrong; what the "
         "judge cannot tell apart counts into that number too, so it is an upper estimate where the judge is weak."
+        + (_WEAK if findings.agreement < WEAK else "")
     )
 
 

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from tasks.agreement import Votes, collected, consensus, fleiss_kappa, pair_agreements, read_votes
-from tasks.label_review import review_document, reviewed
+from tasks.label_report import page
+from tasks.label_review import Findings, review_document, reviewed
 from tasks.labels import by_features, folds_of, opinion, require_judgeable
 
 Labels = NDArray[np.int64]
@@ -260,3 +261,10 @@ def test_a_review_document_is_one_entry_a_line_and_an_annotation_that_corrects()
     told = json.loads(document)["annotation"]
     assert (told["corrects"], told["dataset_version"], len(told["data"])) == (True, 3, 2)
     assert sum(line.startswith(b'{"sha256"') for line in document.splitlines()) == 2
+
+
+@pytest.mark.parametrize(("agreement", "weak"), [(0.54, True), (0.8, False)])
+def test_the_page_says_when_the_judge_itself_is_weak(agreement: float, weak: bool) -> None:
+    method = {"judge": "pretrained", "splits": ["train"], "folds": 5, "seed": 0}
+    findings = Findings("tire", 3, "sha256:0", "0", method, CLASSES, 100, 30, 0.3, agreement, ())
+    assert ("The judge is weak here" in page(findings, [], None, "s3://b/review/tire/v3/", 30)) is weak
