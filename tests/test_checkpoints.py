@@ -25,7 +25,9 @@ CONFIG = TrainConfig(
     precision="float32",
     checkpoint_minutes=1e-9,  # after every step
 )
-VERSION = DatasetVersion("kept", 3, "sha256:abc", "s3://b/kept", ("dark", "light"), {"train": 40, "val": 20, "test": 20})
+VERSION = DatasetVersion(
+    "kept", 3, "sha256:abc", "s3://b/kept", ("dark", "light"), {"train": 40, "val": 20, "test": 20}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +40,9 @@ def samples(count: int, seed: int) -> Samples:
     """Noise around a grey that the class sets."""
     random = np.random.default_rng(seed)
     labels = np.arange(count) % 2
-    images = random.normal((80 + 60 * labels)[:, None, None, None], 40, (count, 16, 16, 3)).clip(0, 255).astype(np.uint8)
+    images = (
+        random.normal((80 + 60 * labels)[:, None, None, None], 40, (count, 16, 16, 3)).clip(0, 255).astype(np.uint8)
+    )
     return Samples(images, labels.astype(np.int64), np.array([f"{seed}-{n}" for n in range(count)]))
 
 
@@ -220,5 +224,5 @@ def test_no_code_in_a_checkpoint_is_run(kept_on):
     payload = io.BytesIO()
     torch.save({"epochs": [], "step": Trap()}, payload)
     header = {"format": checkpoints.FORMAT, "sha256": hashlib.sha256(payload.getvalue()).hexdigest()}
-    with pytest.raises(pickle.UnpicklingError, match="weights_only|Weights only"):
+    with pytest.raises(pickle.UnpicklingError, match=r"weights_only|Weights only"):
         unpacked(json.dumps(header).encode() + b"\n" + payload.getvalue())
