@@ -196,6 +196,7 @@ def commit(
     from tasks.checks import plan, refuse_if_too_bad
     from tasks.dataset import append, known_rows, newest_record, record_of_batch
     from tasks.ingest_report import ingested, report_of
+    from tasks.memory import give_back
     from tasks.split import SplitRule
     from tasks.twins import find_twins
 
@@ -208,6 +209,7 @@ def commit(
         twins = find_twins(store, base, examination, options.twins)
         planned = plan(batch, examination, known, rule, options.new_classes, twins)
         refuse_if_too_bad(batch, planned, options.max_quarantined_share)
+        give_back()
         quarantine(store, batch, planned)  # before the version: a run killed in between is not asked again
         report = report_of(batch, planned, known)
         changed = bool(planned.rows or planned.relabelled)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from monitoring.features import STATISTICS, image_statistics, luma_of, perceptual_hash
 from tasks.batch import Batch, BatchItem, Finding
 from tasks.images import MAX_BYTES, UnreadableImage, decode_with_format
+from tasks.memory import give_back
 from tasks.storage import Content, Store, read, read_many
 
 
@@ -131,6 +132,7 @@ def examine(store: Store, batch: Batch, spool: Path) -> Spooled:
     except BaseException:
         examination.__exit__(None, None, None)
         raise
+    give_back()
     return examination
 
 
