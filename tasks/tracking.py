@@ -43,7 +43,7 @@ def open_run(
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
     client = client_of(tracking_uri)
-    experiment_id = _experiment(client, dataset.name)
+    experiment_id = experiment_of(client, dataset.name)
     known = _runs_with(client, experiment_id, TRAINING_TAG, training) if training else []
     run_id = _to_continue(known, has_checkpoint)
     for left in [*known, *_runs_with(client, experiment_id, FLOW_RUN_TAG, flow_run_id)]:
@@ -68,7 +68,7 @@ def open_run(
     # Everything below may have been done by a run that died half-way: each is the same when it is done again.
     client.log_batch(
         run_id,
-        params=[Param(key, str(value)) for key, value in _flat(config.model_dump(exclude=NOT_IDENTITY)).items()],
+        params=[Param(key, str(value)) for key, value in flat(config.model_dump(exclude=NOT_IDENTITY)).items()],
         tags=[
             RunTag("mlflow.runName", f"{dataset.name} v{dataset.version} {config.architecture}"),
             *(RunTag(key, value) for key, value in tags.items()),
@@ -156,7 +156,7 @@ def close_run(tracking_uri: str, run_id: str, status: str, reasons: tuple[str, .
     client.set_terminated(run_id, status)
 
 
-def _experiment(client: "MlflowClient", name: str) -> str:
+def experiment_of(client: "MlflowClient", name: str) -> str:
     """Id of the experiment, made when it is new; two runs may make it at the same moment."""
     from mlflow.exceptions import MlflowException
 
@@ -168,7 +168,7 @@ def _experiment(client: "MlflowClient", name: str) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return _experiment(client, name)
+    return experiment_of(client, name)
 
 
 def _runs_with(client: "MlflowClient", experiment_id: str, tag: str, value: str) -> list[Any]:
@@ -191,7 +191,6 @@ def _to_continue(known: Sequence[Any], has_checkpoint: bool) -> str | None:
 
 def _identity(dataset: "DatasetVersion", config: TrainConfig) -> dict[str, str]:
     return {
-        "recipe": f"train/{dataset.name}",
         "dataset": dataset.name,
         "dataset_version": str(dataset.version),
         "dataset_digest": dataset.digest,
@@ -202,12 +201,12 @@ def _identity(dataset: "DatasetVersion", config: TrainConfig) -> dict[str, str]:
     }
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, inner in value.items():
         if isinstance(inner, Mapping):
-            flat |= _flat(inner, f"{prefix}{key}.")
+            found |= flat(inner, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = inner
-    return flat
+            found[f"{prefix}{key}"] = inner
+    return found
