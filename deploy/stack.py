@@ -87,6 +87,7 @@ class Stack:
             "TIREWATCH_PREFECT_UI_URL": self.prefect_url,
             "TIREWATCH_SERVING_ROOT": str(self.serving_root),
             "TIREWATCH_CACHE_DIR": str(self.state / "cache"),
+            "TIREWATCH_SEARCH_STORAGE": f"sqlite:///{self.state / 'search.db'}",
             "TIREWATCH_TRITON_HTTP": f"127.0.0.1:{self.ports['triton_http']}",
             "TIREWATCH_TRITON_GRPC": f"127.0.0.1:{self.ports['triton_grpc']}",
             "TIREWATCH_TRITON_ADMIN_KEY": self.secrets["triton_admin_key"],

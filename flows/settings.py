@@ -60,6 +60,11 @@ class Settings(BaseSettings):
         10.0, ge=0, description="What they may take there; the least recently used make room. 0: every run decodes anew"
     )
 
+    search_storage: SecretStr = Field(
+        SecretStr("sqlite:///.tirewatch/search.db"),
+        description="Optuna storage of searches, shared by their workers; a database server's address in production",
+    )
+
     @property
     def cache(self) -> "Cache":
         from tasks.sample_cache import Cache
