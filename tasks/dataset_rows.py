@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from monitoring.features import STATISTICS
 from tasks.examination import Photograph
-from tasks.memory import give_back
+from tasks.memory import give_back, large_blocks_apart
 from tasks.storage import Store
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ def write_rows(store: Store, name: str, batches: Iterable[pa.RecordBatch]) -> "l
 
     rows = pa.RecordBatchReader.from_batches(SCHEMA, batches)
     uri, options = table_uri(store, name), store.lance_options
-    written = write_fragments(rows, uri, schema=SCHEMA, max_bytes_per_file=_FILE_BYTES, storage_options=options)
+    with large_blocks_apart():
+        written = write_fragments(rows, uri, schema=SCHEMA, max_bytes_per_file=_FILE_BYTES, storage_options=options)
     give_back()
     return list(written)
 
