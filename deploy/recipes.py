@@ -19,6 +19,8 @@ TEMPLATE: Final = "solar_cells"  # the recipe a new one is copied from
 PARAMETER_MODELS: Final = {
     "ingest": "options",
     "train": "config",
+    "tune": "config",
+    "scenario": "config",
     "promote": "limits",
 }  # deployment -> its model parameter
 

@@ -47,6 +47,7 @@ def train(
     config: TrainConfig = TrainConfig(),
     start: StartRule = StartRule(),
     occasion: str | None = None,
+    candidate_of: str | None = None,
 ) -> "State[TrainedModel | None]":
     """Train on a dataset version, judge on its validation split, register what reaches the minimum quality.
 
@@ -56,6 +57,7 @@ def train(
         config: What is trained, and how.
         start: When a new dataset version is worth a training. Not asked by hand.
         occasion: The event or schedule that started this run. Empty by hand: then it trains whatever was decided before.
+        candidate_of: Given by `scenario`: what is registered waits, unannounced, until it is chosen among others.
     """
     here = settings()
     version = find_version(here.store, dataset, dataset_version)
@@ -74,12 +76,14 @@ def train(
             publish_report(here, run_id, version, trained, judged, validation, test, reasons, config)
             if reasons:
                 close(here, run_id, reasons)
-                decided(here.store, version, "below minimum", {"reasons": list(reasons)})
+                if candidate_of is None:
+                    decided(here.store, version, "below minimum", {"reasons": list(reasons)})
                 done(work)
                 return Completed(name="BelowMinimum", message=f"{dataset} v{version.version}: {'; '.join(reasons)}")
-            model = register_model(here, run_id, version, judged, validation, config)
-    decided(here.store, version, "registered", {"model_version": model.version})
-    announce(model, version)
+            model = register_model(here, run_id, version, judged, validation, config, candidate_of)
+    if candidate_of is None:
+        decided(here.store, version, "registered", {"model_version": model.version})
+        announce(model, version)
     done(work)
     return Completed(message=f"{model.name} v{model.version} from {dataset} v{version.version}", data=model)
 
@@ -283,12 +287,13 @@ def register_model(
     judged: "Judged",
     validation: "Samples",
     config: TrainConfig,
+    candidate_of: str | None,
 ) -> "TrainedModel":
     """Weights, card and drift reference into the run, then the version; a repetition finds it made."""
     from tasks.images import CURRENT
     from tasks.model import normalisation
     from tasks.passport import commit
-    from tasks.registry import ModelCard, Reference, register
+    from tasks.registry import CANDIDATE_TAG, ModelCard, Reference, register
     from tasks.runs import this_stage
 
     mean, std = normalisation(config.architecture)
@@ -317,6 +322,7 @@ def register_model(
     tags = {
         "recipe": this_stage(),
         "quality": f"validation accuracy {found.accuracy:.4f}, balanced {found.balanced_accuracy:.4f}",
+        **({CANDIDATE_TAG: candidate_of} if candidate_of else {}),
     }
     return register(here.mlflow_tracking_uri, run_id, card, judged.network.classifier.state_dict(), reference, tags)
 

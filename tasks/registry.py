@@ -32,6 +32,7 @@ CARD, WEIGHTS, MLMODEL = "model/model.json", "model/weights.safetensors", "model
 EVALUATION, PROMOTION = "evaluation.json", "promotion.json"
 REFERENCE, STATISTICS = "reference/outputs.npz", "reference/statistics.parquet"
 FLOW_RUN_TAG: Final = "prefect.flow_run_id"
+CANDIDATE_TAG, CHOSEN_TAG = "candidate_of", "chosen"  # of a version that is one of several, and of the one put forward
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,18 @@ def version_of_flow_run(tracking_uri: str, name: str, flow_run_id: str) -> int:
     return found.version
 
 
+def tagged_version(tracking_uri: str, name: str, tag: str, value: str) -> TrainedModel | None:
+    """The newest version whose tag has this value."""
+    found = client_of(tracking_uri).search_model_versions(f"name = '{name}' and tags.`{tag}` = '{value}'")
+    newest = max(found, key=lambda each: int(each.version), default=None)
+    return TrainedModel(name, int(newest.version), str(newest.run_id)) if newest else None
+
+
+def choose_candidate(tracking_uri: str, model: TrainedModel) -> None:
+    """Mark the version as the one of its scenario that is put forward."""
+    client_of(tracking_uri).set_model_version_tag(model.name, str(model.version), CHOSEN_TAG, "yes")
+
+
 @dataclass(frozen=True)
 class Registration:
     """A registered version, and when it was registered."""
@@ -179,8 +192,9 @@ class Registration:
 
 
 def newest_registration(tracking_uri: str, name: str) -> Registration | None:
-    """The highest registered version; None when the model has none."""
-    found = client_of(tracking_uri).search_model_versions(f"name = '{name}'")
+    """The highest registered version; None when the model has none. Candidates that were not chosen do not count."""
+    every = client_of(tracking_uri).search_model_versions(f"name = '{name}'")
+    found = [each for each in every if CANDIDATE_TAG not in each.tags or CHOSEN_TAG in each.tags]
     if not found:
         return None
     newest = max(found, key=lambda each: int(each.version))

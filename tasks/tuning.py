@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,19 +68,22 @@ def identity_of(version: "DatasetVersion", config: TrainConfig, search: Search) 
 
 def open_storage(url: str) -> "RDBStorage":
     """The storage of all searches, made where it is a SQLite file that is not there yet."""
+    from optuna.exceptions import ExperimentalWarning
     from optuna.storages import RDBStorage
 
     arguments: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite:///"):
         Path(url.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
         arguments = {"connect_args": {"timeout": _LOCKED}}
-    return RDBStorage(
-        url,
-        engine_kwargs=arguments,
-        heartbeat_interval=HEARTBEAT,
-        grace_period=GRACE,
-        heartbeat_stale_trial_callback=lambda study, trial: lay_out_again(study, trial, died=True),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats; Optuna's version is pinned
+        return RDBStorage(
+            url,
+            engine_kwargs=arguments,
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
+            heartbeat_stale_trial_callback=lambda study, trial: lay_out_again(study, trial, died=True),
+        )
 
 
 def open_study(storage: "RDBStorage", name: str, search: Search) -> "Study":

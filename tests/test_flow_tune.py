@@ -4,10 +4,12 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,9 @@ def scans(poisoned: bool = False) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def here(store: Store, mlflow_uri: str, configured: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def here(
+    store: Store, mlflow_uri: str, configured: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """The stack's settings, with a storage of searches of the test's own."""
     monkeypatch.setenv("TIREWATCH_MLFLOW_TRACKING_URI", mlflow_uri)
     monkeypatch.setenv("TIREWATCH_SEARCH_STORAGE", f"sqlite:///{tmp_path}/state/search.db")
@@ -79,6 +83,7 @@ def trials_of(version: DatasetVersion, search: Search, config: TrainConfig = CON
     return standing(open_study(storage, identity_of(version, config, search), search), search.metric)
 
 
+@pytest.mark.slow
 def test_a_search_ends_with_a_registered_model_and_tells_every_trial(
     store: Store, mlflow_uri: str, ingested: Callable[..., Any]
 ) -> None:
@@ -91,7 +96,9 @@ def test_a_search_ends_with_a_registered_model_and_tells_every_trial(
     best = best_of(tried, "loss")
     assert best is not None and best.value == min(each.value for each in tried if each.value is not None)
     client = MlflowClient(mlflow_uri)
-    [parent] = client.search_runs([client.get_experiment_by_name("tuned").experiment_id], f"tags.{OUTCOME_TAG} = 'search'")
+    [parent] = client.search_runs(
+        [client.get_experiment_by_name("tuned").experiment_id], f"tags.{OUTCOME_TAG} = 'search'"
+    )
     nested = trial_runs(mlflow_uri, parent.info.run_id)
     assert {run.info.status for run in nested} == {"FINISHED"} and len(nested) == 5
     assert {each.run_id for each in tried} == {run.info.run_id for run in nested}
@@ -105,3 +112,131 @@ def test_a_search_ends_with_a_registered_model_and_tells_every_trial(
 
     again = tune("tuned", search, config=CONFIG, return_state=True)
     assert again.result() == state.result(), "run again, it searches and registers nothing anew"
+
+
+@pytest.mark.slow
+def test_a_poisoned_test_split_changes_no_trial(store: Store, ingested: Callable[..., Any]) -> None:
+    search = Search(space=SPACE, trials=3, epochs=1, pruning="none")
+    values = []
+    for name, files in (("clean", scans()), ("poisoned", scans(poisoned=True))):
+        version = ingested(store, name, "batch", files).version
+        assert tune(name, search, config=CONFIG, train_best=False, return_state=True).is_completed()
+        values.append([(each.value, each.overrides) for each in trials_of(version, search)])
+    clean, poisoned = (open_version(store, name, 1) for name in ("clean", "poisoned"))
+    assert clean.digest != poisoned.digest and clean.splits == poisoned.splits
+    assert values[0] == values[1] and len(values[0]) == 3
+
+
+# Kills itself like a machine that loses its power; what Prefect would find out by missing heartbeats is told by the test.
+RUN = """
+import sys
+from flows.tune import tune
+from tasks.recipe import TrainConfig
+from tasks.search_space import Search
+state = tune(sys.argv[1], Search.model_validate_json(sys.argv[2]), config=TrainConfig.model_validate_json(sys.argv[3]),
+             train_best=False, return_state=True)
+print("state", state.name, state.message)
+"""
+
+
+def crash_the_owner(store: Store, dataset: str) -> None:
+    [claim] = [each.key for each in list_objects(store, f"line/search/{dataset}/")]
+    owner = json.loads(read(store, claim))["run"]
+    with get_client(sync_client=True) as client:
+        body = {"state": {"type": "CRASHED"}, "force": True}
+        client.request("POST", "/flow_runs/{id}/set_state", path_params={"id": owner}, json=body).raise_for_status()
+
+
+def workers_of(trials: tuple[Any, ...]) -> set[int]:
+    return {int(each.user_attrs["worker"].rsplit(":", 1)[1]) for each in trials if "worker" in each.user_attrs}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come to that"
+        time.sleep(0.2)
+
+
+def begun(database: Path) -> bool:
+    """Whether a search has made its study there."""
+    if not database.exists():
+        return False
+    with sqlite3.connect(database) as connection, suppress(sqlite3.OperationalError):  # its tables are being made
+        return bool(connection.execute("select count(*) from trials").fetchone()[0])
+    return False
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_worker_and_killed_search_keep_the_finished_trials_and_the_best_is_reproducible(  # noqa: PLR0915
+    store: Store, mlflow_uri: str, ingested: Callable[..., Any], here: Path
+) -> None:
+    from optuna.trial import TrialState
+
+    version = ingested(store, "searched", "batch", scans()).version
+    search = Search(space=SPACE, trials=8, workers=2, epochs=3, seed=1, metric="accuracy", sampler="random")
+    env = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RUN, "searched", search.model_dump_json(), CONFIG.model_dump_json()]
+    with (here / "first.log").open("wb") as output:
+        first = subprocess.Popen(command, env=env, stdout=output, stderr=output, cwd=ROOT)
+    try:
+        url = settings().search_storage.get_secret_value()
+        wait_until(lambda: begun(here / "state" / "search.db"))
+        study = open_study(open_storage(url), identity_of(version, CONFIG, search), search)
+
+        def in_state(*states: TrialState) -> list[Any]:
+            return [each for each in study.get_trials() if each.state in states]
+
+        wait_until(lambda: len(workers_of(tuple(study.get_trials()))) == 2 and bool(in_state(TrialState.RUNNING)))
+        [victim, *_] = in_state(TrialState.RUNNING)
+        wait_until(lambda: "worker" in study.get_trials()[victim.number].user_attrs)
+        killed = int(study.get_trials()[victim.number].user_attrs["worker"].rsplit(":", 1)[1])
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: len(workers_of(tuple(study.get_trials()))) == 3)
+        assert first.poll() is None, "the search goes on without the worker"
+        wait_until(lambda: len(in_state(TrialState.COMPLETE)) >= 2 and bool(in_state(TrialState.RUNNING)))
+    finally:
+        first.kill()
+        first.wait()
+    wait_until(lambda: not any(map(alive, workers_of(tuple(study.get_trials())))), 10)
+    kept = {each.slot: each for each in standing(study, "accuracy") if each.state in ("complete", "pruned")}
+    assert 2 <= len(kept) < 8, "killed on the way"
+
+    blocked = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "is at work on this search" in blocked.stdout + blocked.stderr
+    crash_the_owner(store, "searched")
+    second = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "state Completed" in second.stdout, second.stdout + second.stderr[-3000:]
+
+    tried = trials_of(version, search)
+    assert [each.slot for each in tried] == list(range(8)) and {each.state for each in tried} <= {"complete", "pruned"}
+    for slot, before in kept.items():
+        assert tried[slot] == before, "a finished trial is not run again"
+    client = MlflowClient(mlflow_uri)
+    experiment = client.get_experiment_by_name("searched").experiment_id
+    runs = client.search_runs([experiment], f"tags.`{STUDY_TAG}` = '{identity_of(version, CONFIG, search)}'")
+    assert len([run for run in runs if run.data.tags[OUTCOME_TAG] == "search"]) == 1, "one study, found again"
+    assert {run.info.status for run in runs} == {"FINISHED", "KILLED"}
+
+    best = best_of(tried, "accuracy")
+    assert best is not None
+    config = TrainConfig.model_validate(best.config)
+    training, validation = (
+        load_samples(store, version, split, config.image_size, settings().cache) for split in ("train", "val")
+    )
+    processors = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(processors)[:1])  # as each of two workers on two processors
+    try:
+        by_hand = train(training, validation, version.classes, config)
+    finally:
+        os.sched_setaffinity(0, processors)
+    assert {epoch.number: epoch.validation_loss for epoch in by_hand.epochs} == best.losses
+    assert by_hand.epochs[by_hand.best_epoch - 1].validation.accuracy == best.figures["accuracy"]

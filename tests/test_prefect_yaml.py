@@ -81,6 +81,22 @@ def test_parameters_are_accepted_by_the_flow(deployment: dict[str, Any]) -> None
         flow.validate_parameters({**given, "epocs": 3})
 
 
+@pytest.mark.parametrize("deployment", [d for d in EVERY if flow_of(d) in ("tune", "scenario")], ids=name_of)
+def test_a_search_starts_from_what_the_recipe_trains_with(deployment: dict[str, Any]) -> None:
+    from tasks.candidates import Scenario, configurations
+    from tasks.recipe import TrainConfig
+    from tasks.search_space import Search, check_space
+
+    [train] = [found for found in EVERY if name_of(found) == f"train/{deployment['name']}"]
+    given = deployment["parameters"]
+    assert given["config"] == train["parameters"]["config"]
+    config = TrainConfig.model_validate(given["config"])
+    if flow_of(deployment) == "tune":
+        assert check_space(Search.model_validate(given["search"]), config)
+    else:
+        assert len(configurations(Scenario.model_validate(given["scenario"]), config)) == 3
+
+
 @pytest.mark.parametrize("deployment", EVERY, ids=name_of)
 def test_the_parameter_form_is_described_and_bounded(deployment: dict[str, Any]) -> None:
     from prefect.utilities.callables import parameter_schema
@@ -95,7 +111,7 @@ def test_the_parameter_form_is_described_and_bounded(deployment: dict[str, Any])
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=name_of)
 def test_a_deployment_runs_one_at_a_time_in_the_right_pool(deployment: dict[str, Any]) -> None:
-    assert deployment["work_pool"]["name"] == ("gpu" if flow_of(deployment) == "train" else "cpu")
+    assert deployment["work_pool"]["name"] == ("gpu" if flow_of(deployment) in ("train", "tune", "scenario") else "cpu")
     assert deployment["concurrency_limit"]["limit"] == 1
     assert deployment["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
     assert deployment["enforce_parameter_schema"] is True
