@@ -10,7 +10,7 @@ Trials are judged on the validation split. A search that was killed goes on with
 """
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -90,7 +90,7 @@ def train_at_full_length(
     known = trained_earlier(here, study, chosen)
     if known is not None:
         return Completed(message=f"{known.name} v{known.version} has this configuration already", data=known)
-    state: State[TrainedModel | None] = train(version.name, version.version, chosen, return_state=True)
+    state: State[Any] = train(version.name, version.version, chosen, return_state=True)
     model = state.result()  # a failed training fails the search's run too; its trials are kept
     if model is not None:
         remember(here, study, chosen, model)

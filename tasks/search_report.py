@@ -59,7 +59,10 @@ def draw(search: Search, tried: Sequence[Tried], importance: Mapping[str, float]
 
     names = _varied(tried)[:4]
     figure = Figure(figsize=(11, 3.2 * (2 if names else 1)), dpi=_DPI, layout="constrained")
-    above, below = figure.subfigures(2, 1) if names else (figure, None)
+    above: Any = figure
+    below: Any = None
+    if names:
+        above, below = figure.subfigures(2, 1).flat
     history, curves, shares = above.subplots(1, 3)
     _draw_history(history, search, tried)
     _draw_curves(curves, search, tried)

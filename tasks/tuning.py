@@ -82,7 +82,7 @@ def open_storage(url: str) -> "RDBStorage":
             engine_kwargs=arguments,
             heartbeat_interval=HEARTBEAT,
             grace_period=GRACE,
-            heartbeat_stale_trial_callback=lambda study, trial: lay_out_again(study, trial, died=True),
+            heartbeat_stale_trial_callback=_found_dead,
         )
 
 
@@ -215,6 +215,10 @@ def set_winner(storage: "RDBStorage", name: str, told: Mapping[str, Any]) -> Non
     import optuna
 
     optuna.load_study(study_name=name, storage=storage).set_user_attr("winner", dict(told))
+
+
+def _found_dead(study: "Study", trial: "FrozenTrial") -> None:
+    lay_out_again(study, trial, died=True)
 
 
 def _tried(slot: int, trial: "FrozenTrial", metric: str) -> Tried:
