@@ -62,7 +62,8 @@ def draw(search: Search, tried: Sequence[Tried], importance: Mapping[str, float]
     above: Any = figure
     below: Any = None
     if names:
-        above, below = figure.subfigures(2, 1).flat
+        halves: Any = figure.subfigures(2, 1)
+        above, below = halves
     history, curves, shares = above.subplots(1, 3)
     _draw_history(history, search, tried)
     _draw_curves(curves, search, tried)
@@ -162,7 +163,7 @@ def _importance(importance: Mapping[str, float]) -> str:
         return "Too few trials were completed to say which field matters."
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in importance.items())
     return (
-        "## What matters\n\nShare of the spread of the result that each field explains (PED-ANOVA, Watanabe et al. 2023); with "
+        "## What matters\n\nShare of the spread of the result that each field explains (fANOVA, Hutter et al. 2014); with "
         f"few trials a hint, no more.\n\n| field | share |\n| --- | --- |\n{rows}"
     )
 

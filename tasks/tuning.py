@@ -183,8 +183,9 @@ def best_of(tried: Sequence[Tried], metric: str) -> Tried | None:
 
 
 def importance_of(study: "Study") -> dict[str, float]:
-    """Share of the spread of the objective that each field explains (PED-ANOVA, Watanabe et al. 2023); most first.
+    """Share of the spread of the objective that each field explains (fANOVA, Hutter et al. 2014); most first.
 
+    PED-ANOVA, Optuna's default, looks at the best tenth only: of 14 trials it named a field without any effect first.
     Empty where too few trials were completed to tell, or all came out the same.
     """
     import optuna
@@ -198,8 +199,9 @@ def importance_of(study: "Study") -> dict[str, float]:
     )
     if len(complete) < 4 or not varied or len({each.value for each in complete}) < 2:
         return {}
-    found = optuna.importance.get_param_importances(study, params=varied)
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    found = optuna.importance.get_param_importances(study, params=varied, evaluator=evaluator)
+    return {name: float(value) for name, value in found.items() if not math.isnan(value)}
 
 
 def winner_of(storage: "RDBStorage", name: str) -> dict[str, Any] | None:
