@@ -34,11 +34,12 @@ def page(
         f"# {title}",
         f"{search.sampler} sampler, {told or 'no trials'}; ended because {why_ended}. Judged by {_metric(search)} on the "
         f"validation split; no trial has seen the test split. [The study and every trial in MLflow]({link})",
-        _best(best, chosen),
+        _best(best),
         f"![the search](data:image/png;base64,{b64encode(picture).decode()})",
         _importance(importance),
         "## Trials",
         _table(search, tried),
+        *([_to_paste(chosen)] if best else []),
     ]
     return "\n\n".join(parts)
 
@@ -146,15 +147,18 @@ def _varied(tried: Sequence[Tried]) -> list[str]:
     return [name for name in names if len({str(each.overrides.get(name)) for each in complete}) > 1]
 
 
-def _best(best: Tried | None, chosen: Mapping[str, Any]) -> str:
+def _best(best: Tried | None) -> str:
     if best is None:
         return "**No trial was completed:** there is nothing to choose from; the reasons are in the table."
     drawn = ", ".join(f"{name} {_shown(value)}" for name, value in best.overrides.items())
     figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in best.figures.items())
+    return f"**Best is trial {best.slot}**: {drawn}.\n\nValidation: {figures}."
+
+
+def _to_paste(chosen: Mapping[str, Any]) -> str:
     return (
-        f"**Best is trial {best.slot}**: {drawn}.\n\nValidation: {figures}.\n\n"
-        "The configuration at full length, to paste into `train` or a recipe; `best_trial.json` in MLflow is the one of the "
-        f"trial, which trained by hand ends with the same figures:\n\n```json\n{json.dumps(chosen, indent=2)}\n```"
+        "## The best configuration\n\nAt full length, to paste into `train` or a recipe; `best_trial.json` in MLflow is the one of "
+        f"the trial, which trained by hand ends with the same figures.\n\n```json\n{json.dumps(chosen, indent=2)}\n```"
     )
 
 
