@@ -163,4 +163,4 @@ def test_candidates_are_checked_before_any_work() -> None:
         ((Candidate(name="a"),), "cost", "needs defect_labels"),
     ):
         with pytest.raises(ValueError, match=says):
-            configurations(Scenario(candidates=candidates, metric=metric), PLAIN)  # type: ignore[arg-type]
+            configurations(Scenario(candidates=candidates, metric=metric), PLAIN)
