@@ -157,7 +157,7 @@ def _best(best: Tried | None) -> str:
 
 def _to_paste(chosen: Mapping[str, Any]) -> str:
     return (
-        "## The best configuration\n\nAt full length, to paste into `train` or a recipe; `best_trial.json` in MLflow is the one "
+        "## The best configuration\n\nAt full length, to paste into `train` or a recipe; `best_trial.json` in MLflow is that "
         f"of the trial, which trained by hand ends with the same figures.\n\n```json\n{json.dumps(chosen, indent=2)}\n```"
     )
 
