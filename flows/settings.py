@@ -45,7 +45,8 @@ class Settings(BaseSettings):
         "openvino", description="What runs the ONNX network where there is no GPU"
     )
     training_limit: str | None = Field(
-        None, description="Global concurrency limit that each training holds; empty: `gpu` where there is a GPU, else none"
+        None,
+        description="Global concurrency limit that each training holds; empty: `gpu` where there is a GPU, else none",
     )
     ray_address: str | None = Field(
         None,

@@ -250,7 +250,7 @@ def test_training_photographs_are_found_by_digest(
     prefix = "incoming/tiles_of_training/b/"
     write_many(store, [(f"{prefix}good/{n}.png", data) for n, data in made.items()] + [(f"{prefix}_SUCCESS", b"")])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.ingest.settings", lambda: type("Here", (), {"store": store}))
+        patch.setattr("flows.ingest.settings", lambda: type("Here", (), {"store": store, "ray_address": None}))
         ingest("tiles_of_training", prefix, IngestOptions())
     version = open_version(store, "tiles_of_training", 1)
     wanted = [713, 702]
