@@ -125,7 +125,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sampler, Sample, d
     training = [(kinds[kind].pop(), label) for label, kind in enumerate(KNOWN) for _ in range(60)]
     validation = [(kinds[kind].pop(), label) for label, kind in enumerate(KNOWN) for _ in range(35)]
     random.Random(0).shuffle(validation)
-    sampler = sampler_of(training, DecisionRule(KNOWN), tmp_path_factory.mktemp("digits"), epochs=6)
+    sampler = sampler_of(training, DecisionRule(KNOWN), tmp_path_factory.mktemp("digits"), epochs=10)
     return sampler, sampler([each for each, _ in validation], [label for _, label in validation]), kinds
 
 
