@@ -201,19 +201,19 @@ def test_what_is_young_quiet_for_too_short_old_ingested_or_refused_is_left_alone
 
 
 def test_a_batch_that_was_refused_is_not_read_again_for_a_repeated_event_but_by_hand(here: Settings) -> None:
-    prefix = "incoming/refused/batch/"
+    prefix = "incoming/refused-once/batch/"
     write_many(here.store, [(f"{prefix}good/1.jpg", b"no image"), (f"{prefix}good/2.jpg", b"no image")])
-    first = ingest("refused", prefix, occasion="event 1", return_state=True)
+    first = ingest("refused-once", prefix, occasion="event 1", return_state=True)
     assert first.is_failed()
     subject = Subject(
-        "ingest/refused", f"batch/{content_of(here.store, 'refused', prefix).removeprefix('sha256:')[:16]}"
+        "ingest/refused-once", f"batch/{content_of(here.store, 'refused-once', prefix).removeprefix('sha256:')[:16]}"
     )
     verdict = read_verdict(here.store, subject)
     assert verdict is not None and verdict.outcome == "refused" and "not_an_image" in verdict.figures["reason"]
-    again = ingest("refused", prefix, occasion="event 1 again", return_state=True)
-    assert (again.name, newest_version(here.store, "refused")) == ("Unchanged", None)
+    again = ingest("refused-once", prefix, occasion="event 1 again", return_state=True)
+    assert (again.name, newest_version(here.store, "refused-once")) == ("Unchanged", None)
     assert "refused with this very content" in (again.message or "")
-    assert ingest("refused", prefix, return_state=True).is_failed()
+    assert ingest("refused-once", prefix, return_state=True).is_failed()
 
 
 def test_a_doubled_dataset_event_trains_once_and_a_lost_one_is_found(
