@@ -16,6 +16,7 @@ from deploy.dataset import app as dataset_app
 from deploy.dataset import upload
 from deploy.labels import app as labels_app
 from deploy.quarantine import app as quarantine_app
+from deploy.services import past_proxies
 from deploy.stack import Stack, StackError, read_stack
 
 app: Final = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -201,6 +202,7 @@ def _age(seconds: float) -> str:
 
 
 def main() -> None:
+    os.environ.update(past_proxies(os.environ))
     app()
 
 

@@ -7,14 +7,12 @@ import json
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from deploy.processes import end, processes_of
-from deploy.services import Service
+from deploy.services import LOOPBACK, Service
 from deploy.stack import STACK_MARK, Stack, write_private
 
 
@@ -29,9 +27,9 @@ def write_definition(stack: Stack, service: Service) -> None:
 def answers(url: str, timeout: float = 2.0) -> bool:
     """Whether a GET of the URL is answered with 2xx."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as answer:
+        with LOOPBACK.open(url, timeout=timeout) as answer:
             return bool(200 <= answer.status < 300)
-    except (OSError, ValueError, urllib.error.URLError):
+    except (OSError, ValueError):
         return False
 
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ def start(service: services.Service, log: Path, timeout: float = 60) -> Running:
         if process.poll() is not None:
             break
         try:
-            with urllib.request.urlopen(service.ready_url, timeout=2) as answer:
+            with services.LOOPBACK.open(service.ready_url, timeout=2) as answer:
                 if answer.status < 300:
                     return Running(service, process)
         except OSError:

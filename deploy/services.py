@@ -4,9 +4,13 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Iterable
+import urllib.request
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+# For questions to services of this machine: the proxy of a company network is no way to them.
+LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -199,4 +203,13 @@ def watchdog(state: Path, env: dict[str, str]) -> Service:
 
 def environment_of(service: Service) -> dict[str, str]:
     """The full environment the service starts with."""
-    return {**os.environ, **service.env}
+    return {**os.environ, **past_proxies(os.environ), **service.env}
+
+
+def past_proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that keep requests to this machine off a proxy named in the environment: every service asks others of
+    them over loopback, which a proxy elsewhere cannot reach.
+    """
+    hosts = [host for name in ("no_proxy", "NO_PROXY") for host in environment.get(name, "").split(",") if host.strip()]
+    value = ",".join(dict.fromkeys((*hosts, "127.0.0.1", "localhost")))
+    return {"no_proxy": value, "NO_PROXY": value}

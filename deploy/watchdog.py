@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from deploy import journal
+from deploy.services import LOOPBACK
 from deploy.stack import Stack, StackError, read_stack
 from deploy.supervisor import ProgramState, Supervisor
 
@@ -80,7 +81,7 @@ def front_doors(serving_root: Path) -> list[str]:
 def find_problem(http: str, models: list[str], image: bytes, timeout: float = TIMEOUT) -> str | None:
     """The first thing that is wrong with the server at host:port, in words; None when everything answered."""
     try:
-        with urllib.request.urlopen(f"http://{http}/v2/models/selfcheck/versions/2/ready", timeout=timeout):
+        with LOOPBACK.open(f"http://{http}/v2/models/selfcheck/versions/2/ready", timeout=timeout):
             pass
         with ThreadPoolExecutor(PROBES) as pool:
             for model in models:
@@ -102,7 +103,7 @@ def _infer(http: str, model: str, image: bytes, timeout: float) -> None:
     request = urllib.request.Request(
         f"http://{http}/v2/models/{model}/infer", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
+    with LOOPBACK.open(request, timeout=timeout) as answer:
         label = json.load(answer)["outputs"][0]["data"]
     if not label or not label[0]:
         raise ValueError(f"{model} answered without a label")

@@ -33,6 +33,10 @@ def learning_curves(epochs: Sequence["Epoch"], best_epoch: int) -> bytes:
         axes.plot(numbers, val, marker=".", label="val")
         axes.set(title=title)
         axes.legend(fontsize="small")
+    losses.plot(
+        numbers, [e.refined_loss for e in epochs], marker=".", color="tab:orange", linestyle=":", label="val, refined"
+    )
+    losses.legend(fontsize="small")
     rate.plot(numbers, [e.learning_rate for e in epochs], marker=".", color="tab:green")
     rate.set(title="learning rate", ylim=(0, None))
     for axes in (losses, accuracies, rate):

@@ -26,6 +26,7 @@ from tasks.precision import faster_precision
 from tasks.process_group import ProcessGroup, random_state, set_random_state
 from tasks.recipe import TrainConfig
 from tasks.samples import Samples
+from tasks.temperature import fit_temperature
 
 State = dict[
     str, Any
@@ -34,13 +35,17 @@ State = dict[
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass: figures on both splits with the decision at 0.5, the last learning rate, seconds since the start."""
+    """One pass: figures on both splits with the decision at 0.5, the last learning rate, seconds since the start.
+
+    refined_loss: the validation loss that calibration will leave, and what the best epoch is chosen by (`Loop._validate`).
+    """
 
     number: int
     learning_rate: float
     train_loss: float
     train: Figures
     validation_loss: float
+    refined_loss: float
     validation: Figures
     seconds: float
 
@@ -169,13 +174,13 @@ class Loop:
             nn.utils.clip_grad_norm_(self.trainable, self.config.clip_norm)
         self.optimizer.step()
         self.losses[step] = float(loss.detach()) * len(chosen)
-        if not math.isfinite(self.losses[step]):
-            raise RuntimeError(
-                f"the loss is {self.losses[step]} in epoch {epoch}, step {step}: "
-                f"lower learning_rate {self.config.learning_rate:g}"
-            )
+        self._require_finite(self.losses[step], f"the loss in epoch {epoch}, step {step}")
         start = self._offset(step)
         self.decided[start + mine.start : start + mine.stop] = logits.detach().argmax(1).cpu().numpy()
+
+    def _require_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise RuntimeError(f"{what} is {value}: lower learning_rate {self.config.learning_rate:g}")
 
     def _varied(self, chosen: NDArray[np.int64], mine: slice) -> Tensor:
         """This process's photographs of the batch. Variations are drawn for all of it: they do not depend on who has which."""
@@ -199,7 +204,7 @@ class Loop:
         losses, decided = self.group.total(self.losses), self.group.total(self.decided)[:seen]
         self.order.bit_generator.state = self.order_before
         truth = self.training.labels[np.concatenate(self._batches()[: self.step])]
-        validation_loss, validation = self._validate()
+        validation_loss, refined_loss, validation = self._validate()
         seconds, epoch_seconds = self.group.agreed(
             [self.seconds, self.before[2] + time.monotonic() - self.epoch_began],
         )
@@ -209,13 +214,14 @@ class Loop:
             train_loss=float(losses.sum()) / seen,
             train=figures(truth, decided, self.defects),
             validation_loss=validation_loss,
+            refined_loss=refined_loss,
             validation=validation,
             seconds=seconds,
         )
         self.epochs.append(epoch)
-        if self.watch.is_best(validation_loss) and self.group.first:
+        if self.watch.is_best(refined_loss) and self.group.first:
             self.best = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
-        self.rate.epoch_ended(validation_loss)
+        self.rate.epoch_ended(refined_loss)
         self._plan(seconds, epoch_seconds)
         self.stopped = self.watch.reason(validation_loss, validation.accuracy) or self._at_the_end()
         self.step, self.losses[:], self.decided[:] = 0, 0, 0
@@ -234,25 +240,32 @@ class Loop:
             return f"all {self.config.epochs} epochs done"
         return f"the time of {self.config.max_minutes:g} minutes is used up"
 
-    def _validate(self) -> tuple[float, Figures]:
-        """Loss and figures of the whole validation split, batches in turn to the processes."""
+    def _validate(self) -> tuple[float, float, Figures]:
+        """Loss, refined loss and figures of the whole validation split, batches in turn to the processes.
+
+        Late in a training a network grows surer than it is right: its loss rises while it still learns to tell the classes
+        apart. How sure it is gets mended by the temperature, so epochs are compared by the weighted cross entropy that is left
+        at the temperature that suits each best (Berta et al., "Rethinking Early Stopping: Refine, Then Calibrate", 2025).
+        """
         self.network.eval()
         self.group.share_buffers(self.network)
-        size, count = 2 * self.config.batch_size, len(self.validation)
+        size, count, truth = 2 * self.config.batch_size, len(self.validation), self.validation.labels
         starts = range(0, count, size)
-        losses, decided = np.zeros(len(starts)), np.zeros(count, dtype=np.int64)
+        losses, scores = np.zeros(len(starts)), np.zeros((count, self.network.classifier.head.out_features))
         with torch.inference_mode():
             for number in range(self.group.rank, len(starts), self.group.count):
                 part = slice(starts[number], starts[number] + size)
                 images = torch.from_numpy(np.array(self.validation.images[part])).to(self.device)
-                labels = torch.from_numpy(self.validation.labels[part]).to(self.device)
+                labels = torch.from_numpy(truth[part]).to(self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                     logits = self.network.classifier(self.network.normalise(images)).float()
                 losses[number] = float(self.loss.total(logits, labels, training=False))
-                decided[part] = logits.argmax(1).cpu().numpy()
-        losses, decided = self.group.total(losses), self.group.total(decided)
-        weight = self.loss.weight_of(self.validation.labels)
-        return float(losses.sum()) / weight, figures(self.validation.labels, decided, self.defects)
+                scores[part] = logits.cpu().numpy()
+        losses, scores = self.group.total(losses), self.group.total(scores)
+        self._require_finite(losses.sum(), f"the validation loss after epoch {len(self.epochs) + 1}")
+        weights = None if self.loss.weight is None else self.loss.weight.numpy()[truth]
+        refined = fit_temperature(scores, truth, weights).nll_after
+        return float(losses.sum()) / self.loss.weight_of(truth), refined, figures(truth, scores.argmax(1), self.defects)
 
     def _save(self, save: Callable[[State], None] | None) -> None:
         if save is not None:

@@ -105,10 +105,10 @@ class Worker:
 
         def on_epoch(epoch: "Epoch") -> None:
             log_epoch(job.tracking_uri, run, epoch)
-            trial.report(epoch.validation_loss, epoch.number)
+            trial.report(epoch.refined_loss, epoch.number)
             if trial.should_prune():
                 raise optuna.TrialPruned(
-                    f"validation loss {epoch.validation_loss:.4f} after epoch {epoch.number} is behind"
+                    f"validation loss {epoch.refined_loss:.4f} after epoch {epoch.number} is behind"
                 )
 
         try:
@@ -186,9 +186,9 @@ def beating(study: "Study", trial_id: int) -> Iterator[None]:
 
 
 def _figures(trained: "Trained") -> dict[str, float]:
-    """Of the epoch with the lowest validation loss, on the validation split; what has no value is left out."""
+    """Of the best epoch, on the validation split; what has no value is left out."""
     best = trained.epochs[trained.best_epoch - 1]
-    found: dict[str, Any] = {"loss": best.validation_loss, **asdict(best.validation), "best_epoch": trained.best_epoch}
+    found: dict[str, Any] = {"loss": best.refined_loss, **asdict(best.validation), "best_epoch": trained.best_epoch}
     return {name: float(value) for name, value in found.items() if not math.isnan(value)}
 
 

@@ -23,8 +23,9 @@ class Calibration:
     nll_after: float
 
 
-def fit_temperature(logits: NDArray[Any], truth: NDArray[np.int64]) -> Calibration:
+def fit_temperature(logits: NDArray[Any], truth: NDArray[np.int64], weights: NDArray[Any] | None = None) -> Calibration:
     """The temperature in [0.05, 20] for [N, C] logits and [N] true classes; never worse than temperature 1 by likelihood.
+    weights: what each photograph [N] counts; all the same when left out.
 
     Each target leaves 1 / (N + C) to the classes that are not the truth, as Platt (1999) does for his sigmoid: a few dozen
     photographs that all are right would else ask for temperature 0, and for scores of exactly 0 and 1.
@@ -39,18 +40,20 @@ def fit_temperature(logits: NDArray[Any], truth: NDArray[np.int64]) -> Calibrati
     targets = _softened(truth, logits.shape[1])
 
     def loss(log_temperature: float) -> float:
-        return _cross_entropy(logits / np.exp(log_temperature), targets)
+        return _cross_entropy(logits / np.exp(log_temperature), targets, weights)
 
     # In the inverse temperature the loss is convex, so in its logarithm it has one minimum: a bounded search finds it.
     found = minimize_scalar(loss, bounds=(np.log(LEAST), np.log(MOST)), method="bounded", options={"xatol": 1e-4})
     temperature = float(np.exp(found.x))
-    before, after = (negative_log_likelihood(logits / t, truth) for t in (UNCHANGED, temperature))
+    before, after = (negative_log_likelihood(logits / t, truth, weights) for t in (UNCHANGED, temperature))
     return Calibration(temperature, before, after) if after < before else Calibration(UNCHANGED, before, before)
 
 
-def negative_log_likelihood(logits: NDArray[Any], truth: NDArray[np.int64]) -> float:
-    """Mean over the photographs, in nats; [N, C] logits, [N] true classes."""
-    return _cross_entropy(np.asarray(logits, dtype=np.float64), np.eye(logits.shape[1])[truth])
+def negative_log_likelihood(
+    logits: NDArray[Any], truth: NDArray[np.int64], weights: NDArray[Any] | None = None
+) -> float:
+    """Mean over the photographs, in nats; [N, C] logits, [N] true classes, [N] weights of the mean."""
+    return _cross_entropy(np.asarray(logits, dtype=np.float64), np.eye(logits.shape[1])[truth], weights)
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
@@ -66,7 +69,9 @@ def _softened(truth: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
     return np.where(np.eye(classes, dtype=bool)[truth], 1.0 - left, left / (classes - 1))
 
 
-def _cross_entropy(logits: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
+def _cross_entropy(
+    logits: NDArray[np.float64], targets: NDArray[np.float64], weights: NDArray[Any] | None = None
+) -> float:
     from scipy.special import log_softmax
 
-    return float(-(targets * log_softmax(logits, axis=1)).sum(axis=1).mean())
+    return float(np.average(-(targets * log_softmax(logits, axis=1)).sum(axis=1), weights=weights))

@@ -98,7 +98,11 @@ def logged_epochs(tracking_uri: str, run_id: str) -> set[int]:
 
 def series_of(epoch: "Epoch") -> dict[str, float]:
     """What one epoch adds to the metric series, in MLflow and in the TensorBoard log."""
-    values = {"learning_rate": epoch.learning_rate, "epoch_end_seconds": epoch.seconds}
+    values = {
+        "learning_rate": epoch.learning_rate,
+        "epoch_end_seconds": epoch.seconds,
+        "val/Refined_Loss": epoch.refined_loss,
+    }
     for split, loss, found in (
         ("train", epoch.train_loss, epoch.train),
         ("val", epoch.validation_loss, epoch.validation),

@@ -127,7 +127,7 @@ def train_here(
     return Trained(
         network=network.to("cpu").to(memory_format=torch.contiguous_format).eval(),
         epochs=tuple(loop.epochs),
-        best_epoch=min(loop.epochs, key=lambda epoch: epoch.validation_loss).number,
+        best_epoch=min(loop.epochs, key=lambda epoch: epoch.refined_loss).number,
         stopped=loop.stopped,
         precision=loop.precision,
         device=str(device),

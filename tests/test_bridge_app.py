@@ -272,6 +272,27 @@ def test_a_batch_sealed_while_prefect_is_away_is_kept_over_a_restart(
         second.stop()
 
 
+def test_a_proxy_of_the_network_does_not_stand_between_services_of_one_machine(
+    tmp_path: Path,
+    prefect_api: str,
+    start_bridge: StartBridge,
+    sealed_events: Sealed,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("no_proxy", "intranet")
+    running = start_bridge(tmp_path, prefect_api)
+    try:
+        with httpx.Client(trust_env=False, headers=WITH_TOKEN) as client:
+            sent = client.post(f"{running.service.url}/s3", json=record("incoming/proxied/b1/_SUCCESS"))
+        assert sent.status_code == 200
+    finally:
+        running.stop()
+    monkeypatch.undo()
+    assert [event["payload"]["batch"] for event in sealed_events("proxied")] == ["b1"]
+
+
 def test_prefect_that_comes_back_is_told_without_a_restart(
     tmp_path: Path, prefect_api: str, start_bridge: StartBridge, sealed_events: Sealed, gateway: Callable[[str], Any]
 ) -> None:

@@ -118,11 +118,11 @@ def test_a_search_ends_with_a_registered_model_and_tells_every_trial(
 def test_a_poisoned_test_split_changes_no_trial(store: Store, ingested: Callable[..., Any]) -> None:
     search = Search(space=SPACE, trials=3, epochs=1, pruning="none")
     values = []
-    for name, files in (("clean", scans()), ("poisoned", scans(poisoned=True))):
+    for name, files in (("tuned-clean", scans()), ("tuned-poisoned", scans(poisoned=True))):
         version = ingested(store, name, "batch", files).version
         assert tune(name, search, config=CONFIG, train_best=False, return_state=True).is_completed()
         values.append([(each.value, each.overrides) for each in trials_of(version, search)])
-    clean, poisoned = (open_version(store, name, 1) for name in ("clean", "poisoned"))
+    clean, poisoned = (open_version(store, name, 1) for name in ("tuned-clean", "tuned-poisoned"))
     assert clean.digest != poisoned.digest and clean.splits == poisoned.splits
     assert values[0] == values[1] and len(values[0]) == 3
 
@@ -238,5 +238,5 @@ def test_killed_worker_and_killed_search_keep_the_finished_trials_and_the_best_i
         by_hand = train(training, validation, version.classes, config)
     finally:
         os.sched_setaffinity(0, processors)
-    assert {epoch.number: epoch.validation_loss for epoch in by_hand.epochs} == best.losses
+    assert {epoch.number: epoch.refined_loss for epoch in by_hand.epochs} == best.losses
     assert by_hand.epochs[by_hand.best_epoch - 1].validation.accuracy == best.figures["accuracy"]

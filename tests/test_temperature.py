@@ -61,6 +61,25 @@ def test_logits_far_apart_give_finite_likelihoods():
     assert found.temperature == pytest.approx(MOST, rel=0.01) and np.isfinite(found.nll_after)
 
 
+def test_what_is_left_after_calibration_does_not_depend_on_how_sure_the_network_was():
+    random = np.random.default_rng(0)
+    truth = random.integers(3, size=300)
+    logits = np.eye(3)[truth] + random.normal(0, 1, (300, 3))
+    left = [fit_temperature(sureness * logits, truth).nll_after for sureness in (0.5, 1, 4)]
+    assert left == pytest.approx([left[0]] * 3, rel=1e-4)
+    assert negative_log_likelihood(4 * logits, truth) > 1.5 * left[0]
+
+
+def test_a_weight_counts_a_photograph_as_often_as_it_says():
+    random = np.random.default_rng(1)
+    truth = random.integers(2, size=2000)
+    logits, weights = 3 * random.normal(0, 1, (2000, 2)) + np.eye(2)[truth], 1 + 2 * truth
+    weighted = fit_temperature(logits, truth, weights)
+    repeated = fit_temperature(np.repeat(logits, weights, axis=0), np.repeat(truth, weights))
+    assert weighted.temperature == pytest.approx(repeated.temperature, rel=0.01)
+    assert weighted.nll_after == pytest.approx(repeated.nll_after, rel=1e-3)
+
+
 def test_a_diverged_network_and_an_empty_split_are_named():
     with pytest.raises(ValueError, match="diverged"):
         fit_temperature(np.array([[np.nan, 1.0]]), np.array([0]))

@@ -11,6 +11,7 @@ from tasks.losses import Loss
 from tasks.optimization import EarlyStopping, RateSchedule, learning_rate_factor
 from tasks.recipe import Augmentation, TrainConfig
 from tasks.samples import Samples
+from tasks.temperature import fit_temperature
 from tasks.training import predict, train
 
 STILL = Augmentation(flip_horizontal=False, brightness=0, contrast=0)
@@ -89,16 +90,18 @@ def test_training_leaves_the_global_random_state_and_threads_alone():
     assert torch.equal(before, torch.get_rng_state()) and torch.get_num_threads() == threads
 
 
-def test_the_returned_weights_are_those_of_the_lowest_validation_loss():
+def test_the_returned_weights_are_those_of_the_epoch_that_calibration_leaves_the_lowest_loss():
     # A rate this high makes the loss jump about; the returned network must be the best epoch's, not the last one's.
-    config = QUICK.model_copy(update={"epochs": 6, "learning_rate": 0.3, "schedule": "constant", "patience": 100})
+    config = QUICK.model_copy(
+        update={"epochs": 6, "learning_rate": 0.3, "schedule": "constant", "patience": 100, "class_weights": False}
+    )
     validation = samples(60, 1)
     trained = train(samples(64), validation, CLASSES, config)
-    losses = [epoch.validation_loss for epoch in trained.epochs]
-    assert trained.best_epoch == 1 + int(np.argmin(losses))
-    probabilities = predict(trained.network, validation.images)["probabilities"]
-    found = -np.log(probabilities[np.arange(60), validation.labels].clip(1e-30)).mean()
-    assert found == pytest.approx(min(losses), rel=1e-3)
+    refined = [epoch.refined_loss for epoch in trained.epochs]
+    assert trained.best_epoch == 1 + int(np.argmin(refined))
+    logits = np.log(predict(trained.network, validation.images)["probabilities"].clip(1e-30))
+    assert fit_temperature(logits, validation.labels).nll_after == pytest.approx(min(refined), rel=1e-3)
+    assert all(epoch.refined_loss <= epoch.validation_loss + 1e-6 for epoch in trained.epochs)
 
 
 def test_best_loss_never_rises_and_patience_counts_epochs_without_a_clear_gain():
@@ -245,7 +248,7 @@ def test_a_training_follows_its_schedule(schedule):
     if schedule == "step":
         assert rates == pytest.approx([0.3, 0.03, 0.003, 0.0003])
     else:
-        best = np.minimum.accumulate([epoch.validation_loss for epoch in epochs])
+        best = np.minimum.accumulate([epoch.refined_loss for epoch in epochs])
         falls = np.cumsum([0, *(best[1:-1] == best[:-2])]) if len(best) > 2 else [0]
         assert rates[1:] == pytest.approx([0.3 * 0.1**fall for fall in falls])
 

@@ -58,7 +58,7 @@ def found(split, rule, logits, truth, rows, temperature) -> Finding:
 
 def epoch(number: int) -> Epoch:
     figures = Figures(0.5 + number / 10, 0.5, 0.5, 0.5, 0.5)
-    return Epoch(number, 0.01 / number, 1 / number, figures, 1.1 / number, figures, 30.0 * number)
+    return Epoch(number, 0.01 / number, 1 / number, figures, 1.1 / number, 1.0 / number, figures, 30.0 * number)
 
 
 TRAINED = Trained(None, tuple(epoch(n) for n in (1, 2, 3)), 3, "all 3 epochs done", "float32", "cpu", 90.0, 170.0)

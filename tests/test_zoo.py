@@ -138,6 +138,9 @@ def test_weights_that_do_not_exist_are_not_promised(architecture):
 def hub(tmp_path, monkeypatch):
     """An empty folder of downloaded weights, and no way to download any."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        "urllib.request._opener", None
+    )  # it is made once a process and keeps the proxies of that moment
     for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
     return tmp_path / "hub" / "checkpoints"
