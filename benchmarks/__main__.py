@@ -20,9 +20,16 @@ run*; absolute figures belong to the machine named beside them.
 """
 
 
+ALONE = {"results"}  # takes hours, and photographs that are not shipped
+
+
 def names() -> list[str]:
     """The benchmarks there are."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+    return sorted(
+        path.stem
+        for path in Path(__file__).parent.glob("*.py")
+        if not path.stem.startswith("_") and path.stem not in ALONE
+    )
 
 
 def run(name: str) -> tuple[str, dict[str, Any]]:

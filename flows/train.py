@@ -48,6 +48,7 @@ def train(
     start: StartRule = StartRule(),
     occasion: str | None = None,
     candidate_of: str | None = None,
+    seed: int | None = None,
 ) -> "State[TrainedModel | None]":
     """Train on a dataset version, judge on its validation split, register what reaches the minimum quality.
 
@@ -58,8 +59,10 @@ def train(
         start: When a new dataset version is worth a training. Not asked by hand.
         occasion: The event or schedule that started this run. Empty by hand: then it trains whatever was decided before.
         candidate_of: Given by `scenario`: what is registered waits, unannounced, until it is chosen among others.
+        seed: Instead of the configuration's, for the same training over again by chance: `-p seed=2`.
     """
     here = settings()
+    config = config if seed is None else TrainConfig.model_validate({**config.model_dump(), "seed": seed})
     version = find_version(here.store, dataset, dataset_version)
     if occasion and (why := reason_to_wait(here.store, version, start)):
         return Completed(name="Unchanged", message=why)
