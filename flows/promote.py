@@ -8,6 +8,7 @@ version only when its deployment has not yet decided about it.
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,7 @@ def sealed_version(candidate: "TrainedModel", card: "ModelCard") -> "SealedVersi
 @task(cache_policy=NO_CACHE)
 def prove(here: Settings, candidate: "TrainedModel", card: "ModelCard", staged: Path, limits: Limits) -> "Proof":
     """The parity ladder, the served test split in a scratch server, and the champion on the same photographs."""
+    from tasks.cohorts import with_cohorts
     from tasks.dataset import open_version
     from tasks.model_repository import version_directory
     from tasks.proof import Bench, gather
@@ -159,14 +161,16 @@ def prove(here: Settings, candidate: "TrainedModel", card: "ModelCard", staged: 
     table = read_routing(here.serving_root, candidate.name)
     route = table.champion if table else None
     champion = version_directory(here.serving_root, route.network, route.version) if route else None
-    return gather(
+    dataset = open_version(here.store, card.dataset, card.dataset_version)
+    proof = gather(
         here.store,
-        open_version(here.store, card.dataset, card.dataset_version),
+        dataset,
         load_network(here.mlflow_tracking_uri, candidate.name, candidate.version),
         staged,
         champion,
         Bench(here.serving_root, here.triton_python, here.cpu_accelerator, limits.evaluation_concurrency),
     )
+    return replace(proof, evidence=with_cohorts(proof.evidence, here.store, dataset))
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)

@@ -1,86 +1,49 @@
 """Evidence in, decision out. Pure: every gate says what it measured, what it demands, and holds or does not.
 
-Insufficient evidence is a refusal, not a pass. Bounds are one-sided exact binomial (Clopper and Pearson 1934); the
-comparison with the champion is the exact form of McNemar's test on the same images.
+Insufficient evidence is a refusal, not a pass. Bounds are one-sided exact binomial (Clopper and Pearson 1934).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.decision import DecisionRule
-from tasks.evaluation import CONFIDENCE, upper_bound
-from tasks.parity import Rung
+from tasks.comparison import against_champion, in_slices, probability_of_no_loss, without_suspects
+from tasks.evaluation import CONFIDENCE, calibration_error, upper_bound
+from tasks.evidence import CostLimit, Decision, Evidence, Gate, Limits, Suspects, accuracy
 
+__all__ = [
+    "CostLimit",
+    "Decision",
+    "Evidence",
+    "Gate",
+    "Limits",
+    "Suspects",
+    "accuracy",
+    "as_markdown",
+    "decide_promotion",
+    "expected_cost",
+    "probability_of_no_loss",
+    "trials_to_show",
+]
 
-class Limits(BaseModel):
-    """What a candidate must prove before it may answer anybody. The defaults are cautious; a recipe sets its own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    min_accuracy: float = Field(
-        0.8, ge=0, le=1, description="Served accuracy on the test split, at the operating threshold"
-    )
-    max_escape_rate: float = Field(
-        0.05, gt=0, le=1, description="Defects that pass as good: the upper 95 % bound must stay at or below this"
-    )
-    max_overkill_rate: float = Field(
-        0.2, gt=0, le=1, description="Good pieces called defective: the upper 95 % bound must stay at or below this"
-    )
-    min_test_images: int = Field(100, ge=1, description="Fewer test images than this are no evidence")
-    min_defects: int = Field(20, ge=1, description="Fewer defects in the test split than this are no evidence")
-    max_p99_ms: float = Field(500.0, gt=0, description="Served p99 latency in milliseconds under the evaluation load")
-    max_flip_share: float = Field(
-        0.01, ge=0, le=1, description="Share of test images on which the served decision may differ from PyTorch's"
-    )
-    must_beat_champion: bool = Field(
-        True, description="Demand a higher accuracy than the champion's on the same images, not merely no worse"
-    )
-    evaluation_concurrency: int = Field(4, ge=1, le=64, description="Requests in flight during the served evaluation")
+PIECES: Final = 10_000  # what costs are told for
 
 
-@dataclass(frozen=True)
-class Gate:
-    """One demand. `held` is the verdict; `measured` and `demanded` are what a person reads."""
-
-    name: str
-    held: bool
-    measured: str
-    demanded: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What was measured on the served candidate. Decisions and truth: label indices [N] of the same N test images."""
-
-    rule: DecisionRule
-    truth: NDArray[np.int64]
-    served: NDArray[np.int64]  # -1 where the server answered with an error
-    offline: NDArray[np.int64]
-    rungs: Sequence[Rung]  # on the golden images; the last rung is the server's answer
-    test_rung: Rung  # PyTorch against the sealed artifact, on the whole test split
-    p99_ms: float
-    champion: NDArray[np.int64] | None = None  # the champion's decisions on the same images, in this rule's label order
-
-
-@dataclass(frozen=True)
-class Decision:
-    """promoted or refused, with every gate that led to it."""
-
-    gates: tuple[Gate, ...]
-
-    @property
-    def promote(self) -> bool:
-        return all(gate.held for gate in self.gates)
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """One sentence for each gate that did not hold."""
-        return tuple(f"{gate.name}: {gate.measured}; demanded {gate.demanded}" for gate in self.gates if not gate.held)
+def decide_promotion(evidence: Evidence, limits: Limits) -> Decision:
+    """All gates, always: a refusal names everything that failed, not the first."""
+    gates = [
+        *_enough_evidence(evidence, limits),
+        *_performance(evidence, limits),
+        *_calibration(evidence, limits),
+        *_sameness(evidence, limits),
+        _latency(evidence, limits),
+        *in_slices(evidence, limits),
+        *without_suspects(evidence, limits, _performance),
+    ]
+    return Decision(tuple(gates))
 
 
 def as_markdown(title: str, decision: Decision, figures: Mapping[str, float]) -> str:
@@ -90,82 +53,116 @@ def as_markdown(title: str, decision: Decision, figures: Mapping[str, float]) ->
     if not decision.promote:
         lines += ["Nothing changed for anybody. What it did not prove:", ""]
         lines += [*(f"- {reason}" for reason in decision.reasons), ""]
-    lines += ["| gate | held | measured | demanded |", "| --- | --- | --- | --- |"]
-    lines += [f"| {g.name} | {'yes' if g.held else '**no**'} | {g.measured} | {g.demanded} |" for g in decision.gates]
-    lines += ["", "| figure | value |", "| --- | --- |"]
+    lines += [table_of(decision), "", "| figure | value |", "| --- | --- |"]
     lines += [f"| {name} | {value:.4g} |" for name, value in figures.items()]
     return "\n".join(lines) + "\n"
 
 
-def probability_of_no_loss(lost: int, won: int) -> float:
-    """One-sided exact McNemar p value: the chance of losing at least `lost` of the `lost + won` images on which the two
-    differ, were both equally good. Small means the candidate is worse.
-    """
-    from scipy.stats import binom
-
-    if lost + won == 0:
-        return 1.0
-    return float(binom.sf(lost - 1, lost + won, 0.5))
+def table_of(decision: Decision) -> str:
+    """Every gate with its numbers as a Markdown table."""
+    lines = ["| gate | held | measured | demanded |", "| --- | --- | --- | --- |"]
+    lines += [f"| {g.name} | {'yes' if g.held else '**no**'} | {g.measured} | {g.demanded} |" for g in decision.gates]
+    return "\n".join(lines)
 
 
-def decide_promotion(evidence: Evidence, limits: Limits) -> Decision:
-    """All gates, always: a refusal names everything that failed, not the first."""
-    gates = [
-        *_enough_evidence(evidence, limits),
-        *_quality(evidence, limits),
-        *_sameness(evidence, limits),
-        _latency(evidence, limits),
-        *_against_champion(evidence, limits),
-    ]
-    return Decision(tuple(gates))
-
-
-def accuracy(decisions: NDArray[Any], truth: NDArray[Any]) -> float:
-    """Share of right decisions; NaN for none."""
-    return float((decisions == truth).mean()) if len(truth) else float("nan")
+def trials_to_show(limit: float) -> int:
+    """The fewest trials that can show a rate of at most `limit`: as many without a single event. 0.05 takes 59."""
+    if limit >= 1:
+        return 0
+    fewest = math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-limit))
+    return fewest if upper_bound(0, fewest) <= limit else fewest + 1  # rounding of the logarithms
 
 
 def _enough_evidence(evidence: Evidence, limits: Limits) -> list[Gate]:
     count = len(evidence.truth)
     gates = [Gate("test images", count >= limits.min_test_images, str(count), f"at least {limits.min_test_images}")]
-    if evidence.rule.defect_labels:
-        defects = int(evidence.rule.defect_mask[evidence.truth].sum())
+    if not evidence.rule.defect_labels:
+        return gates
+    defects = int(evidence.rule.defect_mask[evidence.truth].sum())
+    for name, found, least, limit, what in (
+        ("defects in the test split", defects, limits.min_defects, limits.max_escape_rate, "escape rate"),
+        ("good pieces in the test split", count - defects, 1, limits.max_overkill_rate, "over-kill rate"),
+    ):
+        shows = trials_to_show(limit)
         gates.append(
             Gate(
-                "defects in the test split",
-                defects >= limits.min_defects,
-                str(defects),
-                f"at least {limits.min_defects}",
+                name,
+                found >= max(least, shows),
+                str(found),
+                f"at least {max(least, shows)} (none wrong in {shows} would just show an {what} of {limit:.1%})",
             )
         )
     return gates
 
 
-def _quality(evidence: Evidence, limits: Limits) -> list[Gate]:
+@dataclass(frozen=True)
+class _Events:
+    """Of one side of the decisions: what went wrong, among how many."""
+
+    wrong: int
+    count: int
+
+
+def _escapes(evidence: Evidence) -> tuple[_Events, _Events]:
+    """Escapes among the defects, over-kills among the good pieces. No answer is an error on either side."""
+    is_defect = np.append(evidence.rule.defect_mask, False)  # index -1 (no answer) counts as not caught
+    truth, called = evidence.rule.defect_mask[evidence.truth], is_defect[evidence.served]
+    answered = evidence.served >= 0
+    return (
+        _Events(int((truth & ~called).sum()), int(truth.sum())),
+        _Events(int((~truth & (called | ~answered)).sum()), int((~truth).sum())),
+    )
+
+
+def _performance(evidence: Evidence, limits: Limits) -> list[Gate]:
+    """What depends on the labels of the test split being right."""
     right = accuracy(evidence.served, evidence.truth)
     gates = [Gate("accuracy", right >= limits.min_accuracy, f"{right:.4f}", f"at least {limits.min_accuracy:.4f}")]
     if evidence.rule.defect_labels:
-        is_defect = np.append(
-            evidence.rule.defect_mask, False
-        )  # index -1 (no answer) counts as not caught, not cleared
-        truth, called = evidence.rule.defect_mask[evidence.truth], is_defect[evidence.served]
-        answered = evidence.served >= 0
-        gates.append(_rate("escape rate", int((truth & ~called).sum()), int(truth.sum()), limits.max_escape_rate))
-        gates.append(
-            _rate(
-                "over-kill rate",
-                int((~truth & (called | ~answered)).sum()),
-                int((~truth).sum()),
-                limits.max_overkill_rate,
-            )
-        )
-    return gates
+        escapes, overkills = _escapes(evidence)
+        gates.append(_rate("escape rate", escapes, limits.max_escape_rate))
+        gates.append(_rate("over-kill rate", overkills, limits.max_overkill_rate))
+        if limits.cost:
+            gates.append(_cost(escapes, overkills, limits.cost))
+    return [*gates, *against_champion(evidence, limits)]
 
 
-def _rate(name: str, events: int, trials: int, limit: float) -> Gate:
-    bound = upper_bound(events, trials)
-    measured = f"{events} of {trials}, upper 95 % bound {bound:.4f}"
+def _rate(name: str, events: _Events, limit: float) -> Gate:
+    bound = upper_bound(events.wrong, events.count)
+    measured = f"{events.wrong} of {events.count}, upper 95 % bound {bound:.4f}"
     return Gate(name, bound <= limit, measured, f"upper 95 % bound at most {limit:.4f}")
+
+
+def expected_cost(escape_rate: float, overkill_rate: float, cost: CostLimit) -> float:
+    """What 10,000 pieces of the production cost at these rates."""
+    escaping, rejected = cost.defect_share * escape_rate, (1 - cost.defect_share) * overkill_rate
+    return PIECES * (escaping * cost.escape + rejected * cost.overkill)
+
+
+def _cost(escapes: _Events, overkills: _Events, cost: CostLimit) -> Gate:
+    """Both rates at their upper 97.5 % bounds: together they hold in 95 of 100 cases (Bonferroni)."""
+    each = 1 - (1 - CONFIDENCE) / 2
+    upper = [upper_bound(side.wrong, side.count, each) for side in (escapes, overkills)]
+    rates = [side.wrong / side.count if side.count else 1.0 for side in (escapes, overkills)]
+    bound = expected_cost(upper[0], upper[1], cost)
+    return Gate(
+        f"cost per {PIECES:,} pieces",
+        bound <= cost.at_most,
+        f"{expected_cost(rates[0], rates[1], cost):,.0f}, upper 95 % bound {bound:,.0f}, with {cost.defect_share:.1%} defects, "
+        f"{cost.escape:g} an escape, {cost.overkill:g} an over-kill",
+        f"upper 95 % bound at most {cost.at_most:,.0f}",
+    )
+
+
+def _calibration(evidence: Evidence, limits: Limits) -> list[Gate]:
+    if limits.max_calibration_error is None:
+        return []
+    demanded = f"at most {limits.max_calibration_error:.3f}"
+    answered = evidence.served >= 0
+    if evidence.probabilities is None or not answered.any():
+        return [Gate("calibration error", False, "no served probabilities", demanded)]
+    found = calibration_error(evidence.probabilities[answered], evidence.truth[answered])
+    return [Gate("calibration error", found <= limits.max_calibration_error, f"{found:.4f}", demanded)]
 
 
 def _sameness(evidence: Evidence, limits: Limits) -> list[Gate]:
@@ -200,25 +197,3 @@ def _latency(evidence: Evidence, limits: Limits) -> Gate:
         f"{evidence.p99_ms:.1f} ms",
         f"at most {limits.max_p99_ms:.0f} ms",
     )
-
-
-def _against_champion(evidence: Evidence, limits: Limits) -> list[Gate]:
-    if evidence.champion is None:
-        return []
-    right, was_right = evidence.served == evidence.truth, evidence.champion == evidence.truth
-    won, lost = int((right & ~was_right).sum()), int((~right & was_right).sum())
-    chance = probability_of_no_loss(lost, won)
-    gates = [
-        Gate(
-            "not worse than the champion",
-            chance >= 1 - CONFIDENCE,
-            f"{lost} images lost, {won} won, exact McNemar p {chance:.3f}",
-            f"p at least {1 - CONFIDENCE:.2f}",
-        )
-    ]
-    if limits.must_beat_champion:
-        mine, theirs = accuracy(evidence.served, evidence.truth), accuracy(evidence.champion, evidence.truth)
-        gates.append(
-            Gate("better than the champion", mine > theirs, f"{mine:.4f} against {theirs:.4f}", "higher accuracy")
-        )
-    return gates

@@ -161,6 +161,7 @@ def gather(
         ),
         test_rung=compare("PyTorch -> ONNX", on_test[0], on_test[1], sealed.rule),
         p99_ms=served.p99_ms,
+        probabilities=served.probabilities,
         champion=None if champion is None else champion_decisions(champion, test, sealed.rule, bench.accelerator),
     )
     pixels = np.concatenate(list(_decoded(golden, sealed.image_size, sealed.preprocessing)))

@@ -83,15 +83,20 @@ def slices(decided: Truth, truth: Truth, rule: DecisionRule, rows: "pa.Table", e
     """
     if not len(rows) == len(decided) == len(truth):
         raise ValueError(f"{len(rows)} rows do not fit {len(decided)} decisions about {len(truth)} labels")
-    found: list[Slice] = []
+    return tuple(_slice(*each, decided, truth, rule) for each in parts(rows, edges))
+
+
+def parts(rows: "pa.Table", edges: Edges) -> list[tuple[str, str, NDArray[np.bool_]]]:
+    """Every part of N rows, column by column: the column, its value, and bool [N]."""
+    found: list[tuple[str, str, NDArray[np.bool_]]] = []
     for column in COLUMNS:
         values = _values(rows, column, edges)
         names = [name for name in dict.fromkeys(_order(column, values)) if name is not None]
         if len(names) < 2:
             continue
-        parts = np.array([value if value is not None else "" for value in values], dtype=object)
-        found += [_slice(column, name, parts == name, decided, truth, rule) for name in names]
-    return tuple(found)
+        told = np.array([value if value is not None else "" for value in values], dtype=object)
+        found += [(column, name, np.asarray(told == name, dtype=bool)) for name in names]
+    return found
 
 
 def _values(rows: "pa.Table", column: str, edges: Edges) -> list[str | None]:
