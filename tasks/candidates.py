@@ -2,8 +2,10 @@
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -80,19 +82,31 @@ def configurations(scenario: Scenario, config: TrainConfig) -> dict[str, TrainCo
         raise ValueError(
             f"the metric {scenario.metric} needs defect_labels in the recipe: without them nothing can escape"
         )
+    prices = {(each.threshold.miss_cost, each.threshold.overkill_cost) for each in found.values()}
+    if scenario.metric == "cost" and len(prices) > 1:
+        raise ValueError(
+            f"the metric cost compares candidates at one price of a miss and of an over-kill, and they have {sorted(prices)}: "
+            "take threshold.miss_cost and threshold.overkill_cost out of their overrides"
+        )
     return found
 
 
 def choose(trained: Sequence[Trained], metric: Metric) -> Trained | None:
-    """The registered candidate with the best value, the earlier of equals; None where there is none.
+    """The comparable candidate with the best value, the earlier of equals; None where there is none."""
+    compared = comparable(trained)
+    for left_out in (each for each in trained if each.model is not None and each not in compared):
+        log.warning("%s was evaluated on other photographs or has no value: it is not compared", left_out.name)
+    return min(compared, key=lambda each: _ordered(metric, each.value), default=None)
 
-    Only candidates that were evaluated on the same photographs and labels are compared: those of the first registered one.
+
+def comparable(trained: Sequence[Trained]) -> list[Trained]:
+    """The registered candidates with a value that were evaluated on the same photographs and labels: those of the most
+    candidates, of equally many the earlier ones.
     """
-    registered = [each for each in trained if each.model is not None and each.value is not None]
-    comparable = [each for each in registered if each.evaluated == registered[0].evaluated]
-    for left_out in (each for each in registered if each not in comparable):
-        log.warning("%s was evaluated on other photographs or labels: it is not compared", left_out.name)
-    return min(comparable, key=lambda each: _ordered(metric, each.value), default=None)
+    valued = [each for each in trained if each.model is not None and each.value is not None and isfinite(each.value)]
+    counts = Counter(each.evaluated for each in valued)  # in the order they came, which most_common keeps among equals
+    most = counts.most_common(1)
+    return [each for each in valued if each.evaluated == most[0][0]]
 
 
 def value_of(metric: Metric, evaluation: Mapping[str, Any], threshold: ThresholdRule) -> float:
@@ -128,8 +142,11 @@ def page(title: str, metric: Metric, trained: Sequence[Trained], chosen: Trained
     )
     head = ["candidate", "outcome", "version", metric.replace("_", " "), "accuracy", "balanced", "recall", "minutes"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for each in sorted(trained, key=lambda one: (one.value is None, _ordered(metric, one.value))):
+    compared = comparable(trained)
+    for each in sorted(trained, key=lambda one: (one not in compared, _ordered(metric, one.value))):
         name = f"**{each.name}**" if each is chosen else each.name
+        if each.model and each not in compared:
+            name += " (not compared: other photographs or labels, or no value)"
         version = f"v{each.model.version}" if each.model else ""
         figures = [(each.figures or {}).get(key) for key in ("accuracy", "balanced_accuracy", "recall")]
         cells = [name, each.outcome, version, _number(each.value), *map(_number, figures), f"{each.seconds / 60:.1f}"]
