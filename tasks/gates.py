@@ -182,9 +182,9 @@ def _sameness(evidence: Evidence, limits: Limits) -> list[Gate]:
         gates.append(
             Gate(
                 f"parity {rung.name}",
-                rung.flips == 0 and rung.images > 0,
-                f"{rung.flips} of {rung.images} golden decisions flip, differences to {rung.largest_difference:.0e}",
-                "0 flips",
+                rung.held,
+                rung.measured,
+                rung.demanded,
             )
         )
     return gates

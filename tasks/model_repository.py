@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from tasks.inference import Accelerator
@@ -18,6 +20,9 @@ from tasks.routing import read_routing
 from tasks.sealed import InvalidVersion, SealedVersion, read_sealed, seal, sync_directory, write_durably
 
 NETWORK_FILE: Final = "model.onnx"
+REFERENCE_FILE: Final = "float32.onnx"  # what a reduced network was made from; no server reads it
+PLAN_FILE: Final = "model.plan"
+_NOTHING: Final[Mapping[str, Path]] = MappingProxyType({})
 FRONT_DOOR_TEMPLATE: Final = Path(__file__).parents[1] / "model_repository" / "front_door"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _LISTED = re.compile(r"version_policy \{ specific \{ versions: \[([0-9, ]*)\] \} \}")
@@ -45,8 +50,13 @@ def version_directory(root: Path, network: str, version: int) -> Path:
     return repository(root) / network / str(version)
 
 
-def stage_version(root: Path, network_file: Path, version: SealedVersion) -> Path:
-    """Copy the network into a sealed directory of its own under `staging/`. Returns that directory; nothing is served yet."""
+def stage_version(
+    root: Path, network_file: Path, version: SealedVersion, beside: Mapping[str, Path] = _NOTHING
+) -> Path:
+    """Copy the network into a sealed directory of its own under `staging/`. Returns that directory; nothing is served yet.
+
+    network_file: ONNX, or a TensorRT plan (`.plan`). beside: further files to seal with it, by the name they get there.
+    """
     _checked(version.network)
     if version.version < 1:
         raise ValueError(f"version {version.version} of {version.network}: versions start at 1")
@@ -54,7 +64,9 @@ def stage_version(root: Path, network_file: Path, version: SealedVersion) -> Pat
         shutil.rmtree(left, ignore_errors=True)  # of a run that was killed; one promotion of a version runs at a time
     directory = root / "staging" / f"{version.network}-{version.version}-{uuid.uuid4().hex[:8]}"
     directory.mkdir(parents=True)
-    shutil.copyfile(network_file, directory / NETWORK_FILE)
+    served = PLAN_FILE if network_file.suffix == ".plan" else NETWORK_FILE
+    for name, file in {**beside, served: network_file}.items():
+        shutil.copyfile(file, directory / name)
     seal(directory, version)
     return directory
 
@@ -226,7 +238,15 @@ def front_doors(root: Path) -> list[str]:
 def copy_version(source: Path, root: Path, runtime: Runtime | None = None) -> SealedVersion:
     """Stage and publish a copy of a sealed directory in another serving root."""
     sealed = read_sealed(source)
-    return publish_version(root, stage_version(root, source / NETWORK_FILE, replace(sealed, files={})), runtime)
+    served = served_file(source)
+    beside = {name: source / name for name in sealed.files if name != served.name}
+    return publish_version(root, stage_version(root, served, replace(sealed, files={}), beside), runtime)
+
+
+def served_file(directory: Path) -> Path:
+    """What the server loads out of a version directory: the plan where there is one, else the ONNX network."""
+    plan = directory / PLAN_FILE
+    return plan if plan.exists() else directory / NETWORK_FILE
 
 
 def _checked(name: str) -> str:

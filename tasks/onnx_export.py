@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +18,7 @@ OPSET: Final = 18
 # The newest intermediate representation that every server we name accepts: onnxruntime 1.18 and later, and so the
 # official Triton containers (a newer one is refused there: triton-inference-server/server#8001).
 IR_VERSION: Final = 10
+WEIGHTED: Final = ("Conv", "Gemm", "MatMul")
 
 
 def export_onnx(network: "ImageNetwork", size: int, path: Path) -> str:
@@ -77,3 +79,38 @@ def check_graph(model: "onnx.ModelProto", size: int) -> None:
     if opsets.get("ai.onnx") != OPSET:
         raise ValueError(f"the exported graph uses opsets {opsets}; expected ai.onnx {OPSET}")
     onnx.checker.check_model(model, full_check=True)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Names of nodes of an exported graph. stem: the first with weights; head: the one that makes logits of the embedding;
+    backbone: everything from the stem up to the embedding. What lies before the stem is the normalisation.
+    """
+
+    stem: str
+    head: str
+    backbone: tuple[str, ...]
+
+
+def parts_of(model: "onnx.ModelProto") -> Parts:
+    """Where the normalisation ends and the head begins. Raises ValueError for a graph without weights or without a head."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    weighted, later, reached = [], set[str](), set[str]()
+    for node in model.graph.node:  # in the order of computation, which ONNX demands
+        has_weights = node.op_type in WEIGHTED and any(name in weights for name in node.input)
+        weighted += [node] if has_weights else []
+        if has_weights or reached & set(node.input):
+            later.add(node.name)
+            reached |= set(node.output)
+    needed, wanted = set[str](), {OUTPUTS[1]}
+    for node in reversed(model.graph.node):
+        if wanted & set(node.output):
+            needed.add(node.name)
+            wanted |= set(node.input)
+    backbone = tuple(node.name for node in model.graph.node if node.name in needed & later)
+    heads = [node.name for node in weighted if node.name not in needed]
+    if not backbone or not heads:
+        raise ValueError(
+            f"the graph has {len(weighted)} layers with weights and {len(heads)} after {OUTPUTS[1]!r}: no classifier"
+        )
+    return Parts(weighted[0].name, heads[0], backbone)

@@ -4,7 +4,8 @@ numpy only: rungs are compared by their probabilities, wherever they were comput
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from tasks.decision import DecisionRule, decide, score
 
 GOLDEN_IMAGES: Final = 128
+ROUNDING: Final = 1e-3  # another runtime, batch or thread count in the same precision: 1e-6 to 1e-5 were measured
+RETRAINED: Final = 1e-2  # what training wrote down, perhaps on a GPU with TF32, against the same weights here
 GOLDEN_MARGIN: Final = 0.05  # golden images are clear cases: a flip there is a fault, not rounding at the threshold
 
 
@@ -25,10 +28,49 @@ class Rung:
     largest_difference: float
     mean_difference: float
     flips: int
+    limit: float | None = None  # of the largest difference; None where the step changes the precision
 
     @property
     def flip_share(self) -> float:
         return self.flips / self.images if self.images else 0.0
+
+    @property
+    def held(self) -> bool:
+        """No decision flipped on the golden images, and nothing moved further than rounding where rounding is all there is."""
+        return self.images > 0 and self.flips == 0 and (self.limit is None or self.largest_difference <= self.limit)
+
+    @property
+    def measured(self) -> str:
+        """What was found, in one sentence."""
+        return (
+            f"{self.flips} of {self.images} golden decisions flip, differences to {self.largest_difference:.0e}, "
+            f"mean {self.mean_difference:.0e}"
+        )
+
+    @property
+    def demanded(self) -> str:
+        return "0 flips" if self.limit is None else f"0 flips, differences to at most {self.limit:.0e}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the golden images were put through: probabilities [N, C]. limit: how far this step may move them from the one
+    before; None where it changes the precision, and only decisions count.
+    """
+
+    name: str
+    probabilities: NDArray[Any]
+    limit: float | None = None
+
+
+def climb(steps: Sequence[Step], rule: DecisionRule) -> tuple[Rung, ...]:
+    """A rung between each step and the next: the rung that does not hold names the step that is at fault."""
+    return tuple(
+        replace(
+            compare(f"{lower.name} -> {upper.name}", lower.probabilities, upper.probabilities, rule), limit=upper.limit
+        )
+        for lower, upper in pairwise(steps)
+    )
 
 
 def compare(name: str, before: NDArray[Any], after: NDArray[Any], rule: DecisionRule) -> Rung:

@@ -2,10 +2,11 @@
 champion on the same photographs. Measures; `gates` judges.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,8 +18,8 @@ from tasks.decision import DecisionRule, decide
 from tasks.gates import Evidence, accuracy
 from tasks.images import decode
 from tasks.inference import Accelerator, open_network
-from tasks.model_repository import NETWORK_FILE
-from tasks.parity import compare, golden_indices
+from tasks.model_repository import NETWORK_FILE, REFERENCE_FILE
+from tasks.parity import RETRAINED, ROUNDING, Step, climb, compare, golden_indices
 from tasks.scratch import ScratchServer
 from tasks.sealed import SealedVersion, read_sealed
 from tasks.serving import ServedEvaluation, TritonAddress, evaluate_served, infer_network
@@ -26,7 +27,9 @@ from tasks.storage import Store
 
 if TYPE_CHECKING:
     from tasks.model import ImageNetwork
+    from tasks.registry import Reference
 
+SAME_PRECISION: Final = ("PyTorch", "ONNX")
 PROBED: Final = 256  # test photographs the probe load asks about during a switch
 GOLDEN_POOL: Final = 2000  # validation images among which the golden ones are looked for
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -137,43 +140,103 @@ class Bench:
 
 
 def gather(
-    store: Store, dataset: DatasetVersion, network: "ImageNetwork", staged: Path, champion: Path | None, bench: Bench
+    store: Store,
+    dataset: DatasetVersion,
+    network: "ImageNetwork",
+    staged: Path,
+    champion: Path | None,
+    bench: Bench,
+    trained: "Reference | None" = None,
 ) -> Proof:
-    """Everything the gates ask for, about the sealed directory `staged`; `champion` is the sealed directory in force."""
+    """Everything the gates ask for, about the sealed directory `staged`; `champion` is the sealed directory in force.
+    trained: what training wrote down about the validation split, for the lowest rung of the ladder.
+    """
     sealed = read_sealed(staged)
     validation, test = photographs(store, dataset, "val", GOLDEN_POOL), photographs(store, dataset, "test")
-    rungs = (torch_run(network), artifact_run(staged, bench.accelerator))
-    on_validation = run_all(rungs, validation.encoded, sealed.image_size, sealed.preprocessing)
-    on_test = run_all(rungs, test.encoded, sealed.image_size, sealed.preprocessing)
-    chosen = golden_indices(on_validation[0], validation.labels, sealed.rule).tolist()
+    runs = {"PyTorch": torch_run(network), **artifact_runs(staged, sealed.precision, bench.accelerator)}
+    on_validation, on_test = (
+        dict(zip(runs, run_all([*runs.values()], split.encoded, sealed.image_size, sealed.preprocessing), strict=True))
+        for split in (validation, test)
+    )
+    chosen = golden_indices(on_validation["PyTorch"], validation.labels, sealed.rule).tolist()
     golden = [validation.encoded[index] for index in chosen]
+    pixels = np.concatenate(list(_decoded(golden, sealed.image_size, sealed.preprocessing)))
+    in_process = {name: found[chosen] for name, found in on_validation.items()}
     with ScratchServer(bench.serving_python, staged, bench.serving_root, bench.accelerator) as server:
-        golden_answers = evaluate_served(server.address, sealed.model, golden, sealed, bench.concurrency)
+        answers = {
+            "Triton": network_answers(server.address, sealed, pixels),
+            "front door": evaluate_served(
+                server.address, sealed.model, golden, sealed, bench.concurrency
+            ).probabilities,
+        }
         served = evaluate_served(server.address, sealed.model, test.encoded, sealed, bench.concurrency)
+    final = [*runs][-1]
     evidence = Evidence(
         rule=sealed.rule,
         truth=truth_of(test.labels, sealed.rule),
         served=served.decisions,
-        offline=decide(on_test[1], sealed.rule),
-        rungs=(
-            compare("PyTorch -> ONNX", on_validation[0][chosen], on_validation[1][chosen], sealed.rule),
-            compare("ONNX -> served", on_validation[1][chosen], golden_answers.probabilities, sealed.rule),
-        ),
-        test_rung=compare("PyTorch -> ONNX", on_test[0], on_test[1], sealed.rule),
+        offline=decide(on_test[final], sealed.rule),
+        rungs=climb(steps(recorded(trained, golden), in_process, answers), sealed.rule),
+        test_rung=compare(f"PyTorch -> {final}", on_test["PyTorch"], on_test[final], sealed.rule),
         p99_ms=served.p99_ms,
         probabilities=served.probabilities,
         champion=None if champion is None else champion_decisions(champion, test, sealed.rule, bench.accelerator),
     )
-    pixels = np.concatenate(list(_decoded(golden, sealed.image_size, sealed.preprocessing)))
     return Proof(
-        evidence, Golden(pixels, on_validation[1][chosen]), tuple(test.encoded[:PROBED]), figures_of(evidence, served)
+        evidence, Golden(pixels, in_process[final]), tuple(test.encoded[:PROBED]), figures_of(evidence, served)
     )
+
+
+def steps(
+    training: NDArray[np.float32] | None,
+    in_process: Mapping[str, NDArray[np.float32]],
+    answers: Mapping[str, NDArray[np.float32]],
+) -> list[Step]:
+    """The ladder from what training wrote down, through every form of the network here, to what the server answers. Only a
+    reduced form may move probabilities; between equal ones nothing but rounding is allowed.
+    """
+    found = [Step(name, values, ROUNDING if name in SAME_PRECISION else None) for name, values in in_process.items()]
+    found += [Step(name, values, ROUNDING) for name, values in answers.items()]
+    if training is None:
+        return found
+    return [Step("training", training), replace(found[0], limit=RETRAINED), *found[1:]]
+
+
+def recorded(trained: "Reference | None", golden: Sequence[bytes]) -> NDArray[np.float32] | None:
+    """[G, C] what training wrote down for these photographs; None where it wrote nothing about one of them."""
+    if trained is None:
+        return None
+    places = {digest: place for place, digest in enumerate(trained.sha256.tolist())}
+    rows = [places.get(hashlib.sha256(photograph).hexdigest(), -1) for photograph in golden]
+    return None if -1 in rows else trained.probabilities[rows]
+
+
+def network_answers(
+    address: TritonAddress, sealed: SealedVersion, pixels: NDArray[np.uint8], batch: int = 8
+) -> NDArray[np.float32]:
+    """Probabilities [N, C] of exactly this version of the network model, for decoded pixels."""
+    starts = range(0, len(pixels), batch)
+    return np.concatenate(
+        [infer_network(address, sealed.network, sealed.version, pixels[start : start + batch]) for start in starts]
+    )
+
+
+def artifact_runs(directory: Path, precision: str, accelerator: Accelerator) -> dict[str, Run]:
+    """Every form of the network that the sealed directory holds, from float32 ONNX to what is served."""
+    served = artifact_run(directory, accelerator)
+    if not (directory / REFERENCE_FILE).exists():
+        return {"ONNX": served}
+    return {"ONNX": onnx_run(directory / REFERENCE_FILE, accelerator), precision: served}
+
+
+def onnx_run(path: Path, accelerator: Accelerator) -> Run:
+    network = open_network(path, accelerator, threads=os.cpu_count() or 1)
+    return lambda pixels: network(pixels)["probabilities"]
 
 
 def artifact_run(directory: Path, accelerator: Accelerator) -> Run:
     """The sealed network in the server's own runtime, in process."""
-    network = open_network(directory / NETWORK_FILE, accelerator, threads=os.cpu_count() or 1)
-    return lambda pixels: network(pixels)["probabilities"]
+    return onnx_run(directory / NETWORK_FILE, accelerator)
 
 
 def champion_decisions(
@@ -205,15 +268,11 @@ def figures_of(evidence: Evidence, served: ServedEvaluation) -> dict[str, float]
     return figures
 
 
-def check_golden(address: TritonAddress, sealed: SealedVersion, golden: Golden, batch: int = 8) -> None:
+def check_golden(address: TritonAddress, sealed: SealedVersion, golden: Golden) -> None:
     """Ask exactly this version of the network model for the golden images. Raises RuntimeError when a decision differs
     from the sealed artifact's: the server then runs something else than what was proven.
     """
-    parts = [
-        infer_network(address, sealed.network, sealed.version, golden.pixels[start : start + batch])
-        for start in range(0, len(golden.pixels), batch)
-    ]
-    rung = compare("sealed -> live", golden.probabilities, np.concatenate(parts), sealed.rule)
+    rung = compare("sealed -> live", golden.probabilities, network_answers(address, sealed, golden.pixels), sealed.rule)
     if rung.flips:
         raise RuntimeError(
             f"{sealed.network} version {sealed.version} on the live server decides {rung.flips} of {rung.images} golden "

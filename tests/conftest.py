@@ -23,6 +23,8 @@ from tasks.storage import Store
 
 if TYPE_CHECKING:
     from flows.ingest import Ingested, IngestOptions
+    from tasks.decision import DecisionRule
+    from tasks.model import ImageNetwork
     from tasks.sealed import SealedVersion
     from tasks.serving import TritonAddress
 
@@ -340,6 +342,72 @@ def small_network(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], P
         return made[seed]
 
     return network
+
+
+@dataclass(frozen=True)
+class Prints:
+    """Pictures, and a network that was trained on them. encoded, pixels uint8 [N, 16, 16, 3], labels [N]: by split."""
+
+    encoded: dict[str, list[bytes]]
+    pixels: dict[str, Any]
+    labels: dict[str, Any]
+    rule: "DecisionRule"
+    network: "ImageNetwork"
+
+
+@pytest.fixture(scope="session")
+def prints() -> Prints:
+    """scikit-learn's scans of 1, 3 and 8, printed in red or blue ink and photographed in bad light: the class is ink and
+    digit, so swapped colours are another class, and at 64 pixels with noise, so another resizing is another picture.
+    """
+    import cv2
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    from tasks import training
+    from tasks.decision import DecisionRule
+    from tasks.images import CURRENT, decode
+    from tasks.recipe import Augmentation, TrainConfig
+    from tasks.samples import Samples
+
+    scans, random = load_digits(), np.random.default_rng(7)
+    chosen = np.flatnonzero(np.isin(scans.target, (1, 3, 8)))
+    classes = tuple(f"{ink} {digit}" for ink in ("blue", "red") for digit in (1, 3, 8))
+    encoded, names = [], []
+    for number in chosen:
+        ink = int(random.integers(2))
+        scan = cv2.resize((scans.images[number] * 12).astype(np.uint8), (64, 64), interpolation=cv2.INTER_CUBIC)
+        shade = np.array(((1.0, 0.5, 0.2), (0.2, 0.5, 1.0))[ink])  # as OpenCV writes: blue, green, red
+        picture = 60 + 0.7 * scan[..., None] * shade + random.normal(0, 45, (64, 64, 3))
+        encoded.append(cv2.imencode(".png", picture.clip(0, 255).astype(np.uint8))[1].tobytes())
+        names.append(f"{('blue', 'red')[ink]} {scans.target[number]}")
+    labels = np.array([classes.index(name) for name in names], dtype=np.int64)
+    parts = {"train": slice(0, 320), "val": slice(320, 430), "test": slice(430, None)}
+    pixels = {split: np.stack([decode(data, 16, CURRENT) for data in encoded[part]]) for split, part in parts.items()}
+    sets = [
+        Samples(pixels[split], labels[parts[split]], np.array([str(n) for n in range(len(pixels[split]))]))
+        for split in ("train", "val")
+    ]
+    config = TrainConfig(
+        architecture="cnn",
+        pretrained=False,
+        image_size=16,
+        epochs=8,
+        batch_size=32,
+        learning_rate=5e-3,
+        precision="float32",
+        augmentation=Augmentation(flip_horizontal=False, brightness=0, contrast=0),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "processors", lambda: 1)  # a network this small is slower on several threads
+        trained = training.train(*sets, classes, config)
+    return Prints(
+        {split: encoded[part] for split, part in parts.items()},
+        pixels,
+        {split: labels[part] for split, part in parts.items()},
+        DecisionRule(classes),
+        trained.network.cpu().eval(),
+    )
 
 
 @pytest.fixture(scope="session")

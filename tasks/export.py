@@ -1,0 +1,81 @@
+"""How a trained network becomes the file that is served: its precision, what is measured for it, and what it was made from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tasks.model_repository import NETWORK_FILE, REFERENCE_FILE
+
+if TYPE_CHECKING:
+    from tasks.inference import Accelerator
+    from tasks.model import ImageNetwork
+    from tasks.quantize import Calibration
+
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+
+
+class Export(BaseModel):
+    """In which form a candidate is served. The defaults are the network as it was trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    precision: Precision = Field(
+        "float32",
+        description="Of the backbone; normalisation, head and softmax stay float32. int8 is the fast one on processors, "
+        "the two halves are for GPUs. Whatever is chosen must pass the same gates",
+    )
+    calibration_images: int = Field(
+        256,
+        ge=16,
+        le=4096,
+        description="Training photographs that int8 ranges are measured on, the same number of each label",
+    )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """file: the network that is served. reference: the float32 network that it was made from, None where it is that one.
+    passport: what belongs into the seal.
+    """
+
+    file: Path
+    reference: Path | None = None
+    passport: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def beside(self) -> dict[str, Path]:
+        """What is sealed beside the network: name -> file."""
+        return {} if self.reference is None else {REFERENCE_FILE: self.reference}
+
+
+def require_runnable(how: Export, accelerator: "Accelerator") -> None:
+    """ValueError for a precision that this server's runtime cannot run."""
+    if how.precision == "bfloat16" and accelerator == "onnxruntime":
+        raise ValueError(
+            "onnxruntime has no bfloat16 convolution for processors: choose float16, or the accelerator openvino"
+        )
+
+
+def export_network(
+    network: "ImageNetwork", size: int, folder: Path, how: Export, calibrate: "Callable[[], Calibration]"
+) -> Exported:
+    """Writes the network into `folder` in the precision asked for. calibrate: called for the images that int8 needs."""
+    from tasks.half_precision import to_half
+    from tasks.onnx_export import export_onnx
+    from tasks.quantize import quantize_int8
+
+    full = folder / REFERENCE_FILE
+    passport = {"float32_sha256": export_onnx(network, size, full)}
+    if how.precision == "float32":
+        return Exported(full.rename(folder / NETWORK_FILE))
+    reduced = folder / NETWORK_FILE
+    if how.precision == "int8":
+        calibration = calibrate()
+        quantize_int8(full, reduced, calibration)
+        passport |= {"calibration_images": str(len(calibration.pixels)), "calibration_digest": calibration.digest}
+    else:
+        to_half(full, reduced, how.precision)
+    return Exported(reduced, full, passport)
