@@ -21,6 +21,7 @@ from prefect.states import Completed
 
 from flows.settings import Settings, settings
 from tasks.events import emit
+from tasks.export import Export
 from tasks.gates import Decision, Limits, as_markdown, decide_promotion
 from tasks.routing import read_routing
 from tasks.storage import NETWORK_RETRY
@@ -31,11 +32,16 @@ if TYPE_CHECKING:
     from tasks.registry import ModelCard, TrainedModel
     from tasks.sealed import SealedVersion
     from tasks.swap import Swap
+    from tasks.transaction import Intention, Place
 
 
 @flow(name="promote", flow_run_name="promote {model}")
 def promote(
-    model: str, version: int | None = None, limits: Limits = Limits(), occasion: str | None = None
+    model: str,
+    version: int | None = None,
+    limits: Limits = Limits(),
+    artifact: Export = Export(),
+    occasion: str | None = None,
 ) -> State[Any]:
     """Prove a registered version on the served engine and switch to it; or refuse it, with every reason.
 
@@ -43,31 +49,32 @@ def promote(
         model: Registered model, and public name of the Triton model.
         version: Registered version; the newest one when left empty.
         limits: What the candidate must prove.
+        artifact: In which form it is served: precision, and what its ranges are measured on.
         occasion: The event that started this run. Empty by hand: then the version is proven whatever was decided before.
     """
     here = settings()
     candidate, card = find_candidate(here, model, version)
     if occasion and (why := reason_to_wait(here, candidate)):
         return Completed(name="Unchanged", message=why)
+    settle_switches(here, model)
     table = read_routing(here.serving_root, model)
     if table and table.champion.version == candidate.version:
-        conclude(here, candidate, table.previous.version if table.previous else None, {})
         decided(here, candidate, "promoted")
         return Completed(name="Unchanged", message=f"{model} v{candidate.version} is the champion already")
-    staged = export(here, candidate, card)
+    staged = export(here, candidate, card, artifact)
     proof = prove(here, candidate, card, staged, limits)
     decision = decide_promotion(proof.evidence, limits)
     record(here, candidate, decision, proof.figures)
     if not decision.promote:
         discard(staged)
         return refused(here, candidate, decision)
-    swap = switch(here, staged, proof, limits)
+    intention = announce(here, candidate, decision, proof.figures)
+    swap = switch(here, staged, proof, limits, intention)
     decision = Decision((*decision.gates, *swap.gates))
-    figures = {**proof.figures, **swap.figures}
-    record(here, candidate, decision, figures)
+    record(here, candidate, decision, {**proof.figures, **swap.figures})
+    conclude(here, intention, swap)
     if swap.undone:
         return refused(here, candidate, decision)
-    conclude(here, candidate, swap.previous, figures)
     decided(here, candidate, "promoted")
     return Completed(
         name="Promoted", message=f"{model} v{candidate.version} answers; before it: {swap.previous or 'nothing'}"
@@ -111,21 +118,31 @@ def decided(here: Settings, candidate: "TrainedModel", outcome: str, reasons: Se
 
 
 @task(cache_policy=NO_CACHE)
-def export(here: Settings, candidate: "TrainedModel", card: "ModelCard") -> Path:
+def export(here: Settings, candidate: "TrainedModel", card: "ModelCard", artifact: Export) -> Path:
     """The candidate as a sealed directory in staging: ONNX network and `version.json`. Nothing serves it yet."""
     import tempfile
 
+    from tasks.dataset import open_version
+    from tasks.export import export_network, require_runnable
     from tasks.model_repository import stage_version
-    from tasks.onnx_export import export_onnx
+    from tasks.quantize import Calibration, calibration_of
     from tasks.registry import load_network
 
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "model.onnx"
-        export_onnx(load_network(here.mlflow_tracking_uri, candidate.name, candidate.version), card.image_size, file)
-        return stage_version(here.serving_root, file, sealed_version(candidate, card))
+    def calibrate() -> Calibration:
+        dataset = open_version(here.store, card.dataset, card.dataset_version)
+        return calibration_of(here.store, dataset, card.image_size, card.preprocessing, artifact.calibration_images)
+
+    require_runnable(artifact, here.cpu_accelerator)
+    network = load_network(here.mlflow_tracking_uri, candidate.name, candidate.version)
+    with tempfile.TemporaryDirectory() as folder:
+        exported = export_network(network, card.image_size, Path(folder), artifact, calibrate)
+        sealed = sealed_version(candidate, card, artifact.precision, exported.passport)
+        return stage_version(here.serving_root, exported.file, sealed, exported.beside)
 
 
-def sealed_version(candidate: "TrainedModel", card: "ModelCard") -> "SealedVersion":
+def sealed_version(
+    candidate: "TrainedModel", card: "ModelCard", precision: str, passport: Mapping[str, str]
+) -> "SealedVersion":
     """What the sealed directory will say about itself."""
     from importlib.metadata import version as installed
 
@@ -144,8 +161,8 @@ def sealed_version(candidate: "TrainedModel", card: "ModelCard") -> "SealedVersi
         dataset_digest=card.dataset_digest,
         run_id=candidate.run_id,
         commit=card.commit,
-        precision="float32",
-        passport={name: installed(name) for name in ("torch", "onnx", "onnxruntime", "openvino")},
+        precision=precision,
+        passport={name: installed(name) for name in ("torch", "onnx", "onnxruntime", "openvino")} | dict(passport),
     )
 
 
@@ -189,7 +206,7 @@ def record(here: Settings, candidate: "TrainedModel", decision: Decision, figure
 
 
 @task(cache_policy=NO_CACHE)
-def switch(here: Settings, staged: Path, proof: "Proof", limits: Limits) -> "Swap":
+def switch(here: Settings, staged: Path, proof: "Proof", limits: Limits, intention: "Intention") -> "Swap":
     """Publish, load, check the golden images on exactly this version, route, under a probe load."""
     from tasks.swap import swap
 
@@ -202,6 +219,7 @@ def switch(here: Settings, staged: Path, proof: "Proof", limits: Limits) -> "Swa
         here.cpu_accelerator,
         late_ms=limits.max_p99_ms,
         capture_share=here.capture_share,
+        revision=intention.revision,
     )
 
 
@@ -223,25 +241,44 @@ def discard(staged: Path) -> None:
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def conclude(here: Settings, candidate: "TrainedModel", previous: int | None, figures: Mapping[str, float]) -> None:
-    """Alias, ledger, event: what others read. Each is harmless to repeat, so a run killed before it is made good."""
-    from tasks.ledger import append
-    from tasks.registry import set_alias
+def settle_switches(here: Settings, model: str) -> None:
+    """What a killed promotion or rollback left between routing table, ledger, alias and event is completed."""
+    from tasks.transaction import settle
 
-    set_alias(here.mlflow_tracking_uri, candidate.name, "champion", candidate.version)
-    entry = append(
-        here.store,
-        candidate.name,
-        action="promoted",
-        version=candidate.version,
-        previous=previous,
-        who=f"flow-run/{flow_run.get_id() or 'by-hand'}",
-        why="all gates held",
-        evidence={"mlflow_run": candidate.run_id, **figures},
-    )
-    emit(
-        "tirewatch.model.promoted",
-        f"tirewatch.model.{candidate.name}",
-        {"model": candidate.name, "version": candidate.version, "reasons": []},
-        occasion=str(entry.number),
-    )
+    settle(place_of(here, model), who())
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def announce(
+    here: Settings, candidate: "TrainedModel", decision: Decision, figures: Mapping[str, float]
+) -> "Intention":
+    """The intention to switch, with the evidence, on S3: from here on a crash is completed or has changed nothing."""
+    from tasks.transaction import PROMOTED, intend
+
+    gates = [vars(gate) for gate in decision.gates]
+    evidence = {"mlflow_run": candidate.run_id, **figures, "gates": gates}
+    return intend(place_of(here, candidate.name), PROMOTED, candidate.version, who(), "all gates held", evidence)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def conclude(here: Settings, intention: "Intention", swap: "Swap") -> None:
+    """Ledger, alias, event: what others read. Each is harmless to repeat."""
+    from tasks.transaction import complete, settle, take_back
+
+    place = place_of(here, intention.model)
+    if not swap.undone:
+        complete(place, intention, swap.written, swap.figures)
+    elif swap.back:
+        take_back(place, intention, swap.written, swap.back, "; ".join(gate.measured for gate in swap.gates))
+    else:
+        settle(place, intention.who)
+
+
+def place_of(here: Settings, model: str) -> "Place":
+    from tasks.transaction import Place
+
+    return Place(here.serving_root, here.store, here.mlflow_tracking_uri, model)
+
+
+def who() -> str:
+    return f"flow-run/{flow_run.get_id() or 'by-hand'}"

@@ -1,8 +1,8 @@
 """What else is known about the test photographs: which slices they fall into, and whose labels are doubted.
 
 Doubts come from the labels flow where it has examined the test split: its judge never saw the candidate. Elsewhere from
-confident learning on the candidate's own served probabilities, which are out of sample on this split; those cannot speak
-against the candidate as freely, and the gate says which of the two it was.
+confident learning on the candidate's own served probabilities, which are out of sample on this split; there the champion must
+decide against the label too, else the candidate would excuse itself where it alone is wrong. The gate says which it was.
 """
 
 from dataclasses import replace
@@ -53,12 +53,15 @@ def examined(store: Store, dataset: DatasetVersion, rows: "pa.Table") -> Suspect
 
 
 def self_doubted(evidence: Evidence) -> Suspects | None:
-    """What confident learning on the served probabilities doubts; None without them."""
+    """What confident learning on the served probabilities doubts and the champion, if there is one; None without any."""
     if evidence.probabilities is None:
         return None
     answered = np.flatnonzero(evidence.served >= 0)
-    order = _doubted(evidence.probabilities[answered], evidence.truth[answered])
-    return Suspects(answered[order], "by the candidate itself")
+    doubted = answered[_doubted(evidence.probabilities[answered], evidence.truth[answered])]
+    if evidence.champion is None:
+        return Suspects(doubted, "by the candidate itself")
+    agreed = evidence.champion[doubted] != evidence.truth[doubted]
+    return Suspects(doubted[agreed], "by candidate and champion")
 
 
 def _doubted(probabilities: NDArray[np.float32], truth: NDArray[np.int64]) -> NDArray[np.int64]:

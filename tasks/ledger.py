@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any, Final
 
 from tasks.storage import Store, list_objects, read, write_if_absent
@@ -12,17 +13,22 @@ PREFIX: Final = "ledger"
 
 @dataclass(frozen=True)
 class Entry:
-    """One change of the champion. `version` answers from `at` on; `previous` answered until then."""
+    """One change of the champion. `version` answers from `at` on; `previous` answered until then.
+
+    action: promoted, rolled-back, undone (a switch was taken back while it was watched), or found (the routing table named a
+    version that nobody had announced). switch: number of the intention that it completes.
+    """
 
     model: str
     number: int
-    action: str  # promoted | rolled-back
+    action: str
     version: int
     previous: int | None
     at: str  # ISO 8601, UTC
     who: str
     why: str
     evidence: dict[str, Any] = field(default_factory=dict)
+    switch: int | None = None
 
 
 def key_of(model: str, number: int) -> str:
@@ -44,22 +50,47 @@ def append(
     model: str,
     action: str,
     version: int,
-    previous: int | None,
     who: str,
     why: str,
     evidence: dict[str, Any],
+    at: str | None = None,
+    switch: int | None = None,
 ) -> Entry:
-    """Adds the entry, or returns the newest one when that already names this version (a rerun after a crash): two
-    entries in a row never name the same champion. Writers race safely: the number is taken by a conditional write.
+    """Adds the entry, or returns the one that is there: the newest when it already names this version (two entries in a row
+    never name the same champion), or that of this switch. Writers race safely: the number is taken by a conditional write.
+
+    at: when the version began to answer, ISO 8601; now when left out, and never earlier than the entry before it.
     """
     while True:
         entries = read_ledger(store, model)
-        if entries and entries[-1].version == version:
-            return entries[-1]
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        entry = Entry(model, len(entries) + 1, action, version, previous, now, who, why, evidence)
+        same_switch = [entry for entry in entries if switch is not None and entry.switch == switch]
+        if same_switch:
+            return same_switch[-1]
+        newest = entries[-1] if entries else None
+        if newest and newest.version == version:
+            return newest
+        since = at or datetime.now(UTC).isoformat(timespec="milliseconds")
+        if newest:  # clocks of two machines differ: an entry that began before its predecessor would hide it
+            since = max(since, newest.at, key=datetime.fromisoformat)
+        previous = newest.version if newest else None
+        entry = Entry(model, len(entries) + 1, action, version, previous, since, who, why, evidence, switch)
         if write_if_absent(store, key_of(model, entry.number), json.dumps(asdict(entry), indent=1).encode()):
             return entry
+
+
+def breaks(entries: list[Entry]) -> list[str]:
+    """Where the history does not join: an entry that follows on another version than the one before it named, or came
+    before it. Empty for a ledger in which every instant since the first entry has exactly one champion.
+    """
+    found = []
+    for before, after in pairwise(entries):
+        if after.previous != before.version:
+            found.append(
+                f"entry {after.number} follows on v{after.previous}, entry {before.number} names v{before.version}"
+            )
+        if datetime.fromisoformat(after.at) < datetime.fromisoformat(before.at):
+            found.append(f"entry {after.number} begins at {after.at}, entry {before.number} at {before.at}")
+    return found
 
 
 def champion_at(entries: list[Entry], moment: datetime) -> Entry | None:

@@ -4,13 +4,20 @@ Promotion is the replacement of this file; rollback is another. The front door r
 Standard library only, because the serving environment imports this module too.
 """
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tasks.sealed import write_durably
+
+
+class RoutingChanged(RuntimeError):
+    """Somebody else replaced the table meanwhile; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,33 @@ def write_routing(root: Path, table: RoutingTable) -> RoutingTable:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps(asdict(stamped), indent=2) + "\n")
     return stamped
+
+
+def replace_routing(root: Path, table: RoutingTable) -> RoutingTable:
+    """`write_routing`, but only while the table in force is the one right before it, by their revisions (1 follows on none).
+
+    Raises RoutingChanged otherwise: of two that read the same table and replace it, one is told so.
+    """
+    with _alone(root, table.model):
+        present = read_routing(root, table.model)
+        revision = present.revision if present else 0
+        if table.revision != revision + 1:
+            raise RoutingChanged(
+                f"the routing table of {table.model} is at revision {revision}, and {table.revision} was to follow on "
+                f"{table.revision - 1}: another promotion or rollback came first; look at `tirewatch ledger {table.model}` "
+                "and run this one again if it is still wanted"
+            )
+        return write_routing(root, table)
+
+
+@contextmanager
+def _alone(root: Path, model: str) -> Iterator[None]:
+    """No other process of this machine replaces the model's table in the block; the kernel drops the lock with the process."""
+    path = root / "routing" / f".{model}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _route(body: dict[str, Any] | None) -> Route | None:

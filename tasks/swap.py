@@ -13,7 +13,7 @@ from tasks.gates import Gate
 from tasks.inference import Accelerator
 from tasks.model_repository import FrontDoor, Runtime, install_front_door, publish_version
 from tasks.probe import ProbeLoad, SwapProof, judge_swap
-from tasks.routing import Route, promoted, read_routing, write_routing
+from tasks.routing import Route, RoutingChanged, RoutingTable, promoted, read_routing, replace_routing
 from tasks.sealed import SealedVersion, read_sealed
 from tasks.serving import TritonAddress, load_model
 
@@ -25,13 +25,16 @@ STEADY: Final = 200  # answers before the load of the new version begins, and ag
 
 @dataclass(frozen=True)
 class Swap:
-    """previous: the version that answered before. proof: what the probes saw; None for a first version, which replaces
-    nothing. undone: the former routing is in force again.
+    """written: the table that made the switch. previous: the version that answered before. proof: what the probes saw; None for
+    a first version, which replaces nothing. back: the former routing, in force again because a request failed; None where it
+    was not needed, or somebody else had replaced the table by then.
     """
 
     version: int
+    written: RoutingTable
     previous: int | None = None
     proof: SwapProof | None = None
+    back: RoutingTable | None = None
 
     @property
     def undone(self) -> bool:
@@ -65,20 +68,21 @@ def swap(
     accelerator: Accelerator,
     late_ms: float,
     capture_share: float,
+    revision: int,
 ) -> Swap:
     """Make the sealed directory `staged` the version that answers. images: encoded photographs for the probe load;
-    late_ms: an answer slower than this counts as late. capture_share: of the traffic, for drift.
+    late_ms: an answer slower than this counts as late. capture_share: of the traffic, for drift. revision: of the routing
+    table that makes the switch, as it was announced; RoutingChanged when another switch came first.
     """
     sealed = read_sealed(staged)
     table = read_routing(root, sealed.model)
-    after = promoted(table, sealed.model, Route(sealed.network, sealed.version))
+    after = replace(promoted(table, sealed.model, Route(sealed.network, sealed.version)), revision=revision)
     door = FrontDoor(capture_share=capture_share)
     if table is None:
         bring_up(root, address, staged, golden, accelerator)
         install_front_door(root, sealed.model, door)
         load_model(address, sealed.model)  # says that nothing is in production, until the table is there
-        write_routing(root, after)
-        return Swap(sealed.version)
+        return Swap(sealed.version, replace_routing(root, after))
     install_front_door(root, sealed.model, door)
     load_model(address, sealed.model)  # does nothing unless this build brought another front door
     with ProbeLoad(address, sealed.model, images) as load:
@@ -86,14 +90,19 @@ def swap(
         began = time.monotonic()
         bring_up(root, address, staged, golden, accelerator)
         switching = time.monotonic()
-        written = write_routing(root, after)
+        written = replace_routing(root, after)
         switched = time.monotonic()
         load.wait_for(STEADY)
     proof = judge_swap(load.probes, table.champion.version, sealed.version, began, (switching, switched), late_ms)
-    done = Swap(sealed.version, table.champion.version, proof)
-    if done.undone:
-        write_routing(root, replace(table, revision=written.revision + 1))
-    return done
+    done = Swap(sealed.version, written, table.champion.version, proof)
+    return replace(done, back=_back(root, table, written)) if done.undone else done
+
+
+def _back(root: Path, before: RoutingTable, written: RoutingTable) -> RoutingTable | None:
+    try:
+        return replace_routing(root, replace(before, revision=written.revision + 1))
+    except RoutingChanged:  # a rollback was quicker
+        return None
 
 
 def bring_up(

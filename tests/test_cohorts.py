@@ -75,6 +75,13 @@ def test_photographs_without_an_answer_are_not_doubted(found):
     assert self_doubted(replace(found, probabilities=None)) is None
 
 
+def test_a_champion_must_doubt_the_label_too(found):
+    champion = found.truth.copy()
+    champion[[17, 20]] = 1 - champion[[17, 20]]
+    suspects = self_doubted(replace(found, champion=champion))
+    assert (suspects.by, suspects.order.tolist()) == ("by candidate and champion", [17])
+
+
 def test_what_the_labels_flow_doubts_comes_first_once_it_has_looked_at_the_split(store, dataset, found):
     def examine(splits):
         rows = read_labels(store, dataset, splits)

@@ -22,7 +22,7 @@ from tasks.inference import open_network
 from tasks.model_repository import network_name, published_versions, version_directory
 from tasks.onnx_export import export_onnx
 from tasks.recipe import Augmentation, TrainConfig
-from tasks.routing import read_routing, routing_file, write_routing
+from tasks.routing import read_routing, replace_routing, routing_file
 from tasks.sealed import file_digest, read_sealed
 from tasks.serving import NotServed, infer_front_door, is_version_ready
 from tasks.sources import digit_folders, upload_folder
@@ -208,14 +208,15 @@ def test_promoting_the_champion_again_changes_nothing(here, first):
     assert len(ledger.read_ledger(here.store, MODEL)) == 1
 
 
-def test_a_run_that_was_killed_after_the_switch_is_made_good(here, first):
-    """Killed before alias and ledger were written: the routing table alone says who answers."""
+def test_a_run_that_was_killed_after_the_switch_is_made_good(here, first, trained):
+    """Killed before alias and ledger were written: the routing table and the intention say who answers, and why."""
     MlflowClient(here.mlflow_tracking_uri).delete_registered_model_alias(MODEL, "champion")
     storage.delete(here.store, [ledger.key_of(MODEL, 1)])
     assert run().name == "Unchanged"
     assert registry.champion_version(here.mlflow_tracking_uri, MODEL) == 1
     [entry] = ledger.read_ledger(here.store, MODEL)
-    assert (entry.version, entry.previous) == (1, None)
+    assert (entry.action, entry.version, entry.previous, entry.why) == ("promoted", 1, None, "all gates held")
+    assert entry.evidence["mlflow_run"] == trained.run_id and entry.evidence["completed_by"].startswith("flow-run/")
 
 
 def test_a_run_that_was_killed_before_the_switch_is_run_again(here, first):
@@ -318,19 +319,21 @@ def test_a_switch_during_which_a_request_fails_is_undone_and_refused(here, first
     before = read_routing(here.serving_root, MODEL)
 
     def pulled(root, table):
-        written = write_routing(root, table)
+        written = replace_routing(root, table)
         if table.champion.version == third.version:
             unload_model(here.triton, MODEL)
             time.sleep(0.3)
             load_model(here.triton, MODEL)
         return written
 
-    monkeypatch.setattr(swap, "write_routing", pulled)
+    monkeypatch.setattr(swap, "replace_routing", pulled)
     state = run(third.version)
     assert state.name == "Refused" and "switch under load: " in state.message
     after = read_routing(here.serving_root, MODEL)
     assert (after.champion, after.previous) == (before.champion, before.previous)
     assert after.revision > before.revision
-    assert ledger.read_ledger(here.store, MODEL)[-1].version == before.champion.version
+    entries = ledger.read_ledger(here.store, MODEL)
+    told = [(entry.action, entry.version) for entry in entries[-2:]]
+    assert told == [("promoted", third.version), ("undone", before.champion.version)] and ledger.breaks(entries) == []
     assert registry.champion_version(here.mlflow_tracking_uri, MODEL) == before.champion.version
     assert infer_front_door(here.triton, MODEL, held_back(here)[0]).model_version == before.champion.version

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tasks import storage
-from tasks.ledger import Entry, append, champion_at, key_of, read_ledger
+from tasks.ledger import Entry, append, breaks, champion_at, key_of, read_ledger
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def model() -> str:
     return f"m{uuid.uuid4().hex[:8]}"
 
 
-def enter(store, model, version, previous=None, action="promoted", **evidence):
-    return append(store, model, action, version, previous, "flow-run/x", "all gates held", evidence)
+def enter(store, model, version, action="promoted", **evidence):
+    return append(store, model, action, version, "flow-run/x", "all gates held", evidence)
 
 
 def test_nobody_was_champion_of_a_new_model(store, model):
@@ -24,9 +24,10 @@ def test_nobody_was_champion_of_a_new_model(store, model):
 
 
 def test_entries_come_back_in_order_as_they_were_written(store, model):
-    written = [enter(store, model, version, version - 1 or None, accuracy=0.9, run="r") for version in range(1, 13)]
+    written = [enter(store, model, version, accuracy=0.9, run="r") for version in range(1, 13)]
     assert read_ledger(store, model) == written
     assert [entry.number for entry in written] == list(range(1, 13))
+    assert [entry.previous for entry in written] == [None, *range(1, 12)] and breaks(written) == []
     assert written[4].evidence == {"accuracy": 0.9, "run": "r"} and written[4].why == "all gates held"
 
 
@@ -37,9 +38,19 @@ def test_a_rerun_adds_no_second_entry_for_the_same_champion(store, model):
 
 
 def test_a_champion_that_comes_back_is_entered_again(store, model):
-    for version, previous, action in ((1, None, "promoted"), (2, 1, "promoted"), (1, 2, "rolled-back")):
-        enter(store, model, version, previous, action)
+    for version, action in ((1, "promoted"), (2, "promoted"), (1, "rolled-back")):
+        enter(store, model, version, action)
     assert [(e.version, e.previous, e.action) for e in read_ledger(store, model)][-1] == (1, 2, "rolled-back")
+
+
+def test_a_switch_is_entered_once_even_when_others_followed(store, model):
+    def made():
+        return append(store, model, "promoted", 2, "flow-run/x", "all gates held", {}, switch=7)
+
+    enter(store, model, 1)
+    first = made()
+    enter(store, model, 1, "rolled-back")
+    assert made() == first and len(read_ledger(store, model)) == 3
 
 
 def test_models_have_ledgers_of_their_own_also_where_names_begin_alike(store, model):
@@ -67,6 +78,7 @@ def test_writers_at_the_same_time_lose_nothing_and_overwrite_nothing(store, mode
     assert sorted(entry.version for entry in entries) == list(range(1, 17))
     assert [entry.number for entry in entries] == list(range(1, 17))
     assert sorted(returned, key=lambda entry: entry.number) == entries
+    assert breaks(entries) == []
 
 
 def test_writers_of_the_same_champion_agree_on_one_entry(store, model):
@@ -88,6 +100,15 @@ def test_who_was_champion_then():
     assert champion_at(entries, march + timedelta(days=10)).version == 5
     assert champion_at(entries, march + timedelta(days=400)).number == 3
     assert champion_at([], march) is None
+
+
+def test_a_history_that_does_not_join_is_told():
+    march = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+    entries = [at(1, 4, march), at(2, 5, march - timedelta(seconds=1))]
+    assert breaks(entries) == [
+        "entry 2 follows on vNone, entry 1 names v4",
+        "entry 2 begins at 2026-03-01T11:59:59.000+00:00, entry 1 at 2026-03-01T12:00:00.000+00:00",
+    ]
 
 
 def test_a_moment_without_a_time_zone_is_refused():
