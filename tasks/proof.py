@@ -151,8 +151,21 @@ def gather(
     """Everything the gates ask for, about the sealed directory `staged`; `champion` is the sealed directory in force.
     trained: what training wrote down about the validation split, for the lowest rung of the ladder.
     """
-    sealed = read_sealed(staged)
     validation, test = photographs(store, dataset, "val", GOLDEN_POOL), photographs(store, dataset, "test")
+    return prove(validation, test, network, staged, champion, bench, trained)
+
+
+def prove(
+    validation: Photographs,
+    test: Photographs,
+    network: "ImageNetwork",
+    staged: Path,
+    champion: Path | None,
+    bench: Bench,
+    trained: "Reference | None" = None,
+) -> Proof:
+    """As `gather`, about photographs at hand: golden images come out of `validation`, everything else is measured on `test`."""
+    sealed = read_sealed(staged)
     runs = {"PyTorch": torch_run(network), **artifact_runs(staged, sealed.precision, bench.accelerator)}
     on_validation, on_test = (
         dict(zip(runs, run_all([*runs.values()], split.encoded, sealed.image_size, sealed.preprocessing), strict=True))
