@@ -10,29 +10,35 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from prefect import flow, task
+from prefect import Task, flow, task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
+from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.client.schemas.objects import State
+from prefect.context import TaskRunContext
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.settings import Settings, settings
+from tasks.approval import Approval
 from tasks.events import emit
 from tasks.export import Export
-from tasks.gates import Decision, Limits, as_markdown, decide_promotion
+from tasks.gates import Decision, Gate, Limits, as_markdown, decide_promotion, table_of
 from tasks.routing import read_routing
 from tasks.storage import NETWORK_RETRY
 
 if TYPE_CHECKING:
+    from tasks.approval import Answer, Request
     from tasks.claims import Subject
     from tasks.proof import Proof
     from tasks.registry import ModelCard, TrainedModel
     from tasks.sealed import SealedVersion
     from tasks.swap import Swap
     from tasks.transaction import Intention, Place
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @flow(name="promote", flow_run_name="promote {model}")
@@ -41,6 +47,7 @@ def promote(
     version: int | None = None,
     limits: Limits = Limits(),
     artifact: Export = Export(),
+    approval: Approval | None = None,
     occasion: str | None = None,
 ) -> State[Any]:
     """Prove a registered version on the served engine and switch to it; or refuse it, with every reason.
@@ -50,10 +57,11 @@ def promote(
         version: Registered version; the newest one when left empty.
         limits: What the candidate must prove.
         artifact: In which form it is served: precision, and what its ranges are measured on.
+        approval: Whether a person must agree before the switch, and who may. Empty: the gates alone decide.
         occasion: The event that started this run. Empty by hand: then the version is proven whatever was decided before.
     """
     here = settings()
-    candidate, card = find_candidate(here, model, version)
+    candidate, card = kept(find_candidate, approval)(here, model, version)
     if occasion and (why := reason_to_wait(here, candidate)):
         return Completed(name="Unchanged", message=why)
     settle_switches(here, model)
@@ -61,10 +69,13 @@ def promote(
     if table and table.champion.version == candidate.version:
         decided(here, candidate, "promoted")
         return Completed(name="Unchanged", message=f"{model} v{candidate.version} is the champion already")
-    staged = export(here, candidate, card, artifact)
-    proof = prove(here, candidate, card, staged, limits)
+    staged = kept(export, approval)(here, candidate, card, artifact)
+    proof = kept(prove, approval)(here, candidate, card, staged, limits)
     decision = decide_promotion(proof.evidence, limits)
-    record(here, candidate, decision, proof.figures)
+    kept(record, approval)(here, candidate, decision, proof.figures)
+    if approval and decision.promote:
+        decision = Decision((*decision.gates, approved(here, candidate, decision, approval)))
+        record(here, candidate, decision, proof.figures)
     if not decision.promote:
         discard(staged)
         return refused(here, candidate, decision)
@@ -79,6 +90,18 @@ def promote(
     return Completed(
         name="Promoted", message=f"{model} v{candidate.version} answers; before it: {swap.previous or 'nothing'}"
     )
+
+
+def of_this_run(context: TaskRunContext, parameters: Mapping[str, Any]) -> str:
+    """Under which a run that is suspended for its approval finds a result again: it is resumed from its first line."""
+    return f"{context.task_run.flow_run_id}-{context.task.name}"
+
+
+def kept(step: Task[P, R], approval: Approval | None) -> Task[P, R]:
+    """The step, done once in a run, however often a person lets the run wait."""
+    if approval is None:
+        return step
+    return step.with_options(persist_result=True, cache_policy=CacheKeyFnPolicy(cache_key_fn=of_this_run))
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
@@ -205,6 +228,35 @@ def record(here: Settings, candidate: "TrainedModel", decision: Decision, figure
     )
 
 
+def approved(here: Settings, candidate: "TrainedModel", decision: Decision, approval: Approval) -> Gate:
+    """The run waits for a person, who sees the table of gates above the form; the answer as a gate of its own."""
+    from tasks.approval import wait_for_answer
+
+    request = ask_for_approval(here, candidate, approval)
+    page = f"# {candidate.name} v{candidate.version} holds every gate: may it take over?\n\n{table_of(decision)}\n"
+    return hear(here, request, wait_for_answer(request, page))
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def ask_for_approval(here: Settings, candidate: "TrainedModel", approval: Approval) -> "Request":
+    """The question, written down once for this run."""
+    from tasks.approval import ask
+    from tasks.runs import this_run
+
+    table = read_routing(here.serving_root, candidate.name)
+    champion = table.champion.version if table else None
+    return ask(here.store, candidate.name, candidate.version, this_run(), approval, champion)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def hear(here: Settings, request: "Request", answer: "Answer | None") -> Gate:
+    """The answer, written down, and whether it lets the version take over."""
+    from tasks.approval import judged
+
+    table = read_routing(here.serving_root, request.model)
+    return judged(here.store, request, answer, table.champion.version if table else None)
+
+
 @task(cache_policy=NO_CACHE)
 def switch(here: Settings, staged: Path, proof: "Proof", limits: Limits, intention: "Intention") -> "Swap":
     """Publish, load, check the golden images on exactly this version, route, under a probe load."""
@@ -255,9 +307,10 @@ def announce(
     """The intention to switch, with the evidence, on S3: from here on a crash is completed or has changed nothing."""
     from tasks.transaction import PROMOTED, intend
 
-    gates = [vars(gate) for gate in decision.gates]
-    evidence = {"mlflow_run": candidate.run_id, **figures, "gates": gates}
-    return intend(place_of(here, candidate.name), PROMOTED, candidate.version, who(), "all gates held", evidence)
+    evidence = {"mlflow_run": candidate.run_id, **figures, "gates": [vars(gate) for gate in decision.gates]}
+    said = [gate.measured for gate in decision.gates if gate.name == "approval"]
+    why = "; ".join(["all gates held", *said])
+    return intend(place_of(here, candidate.name), PROMOTED, candidate.version, who(), why, evidence)
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)

@@ -1,7 +1,8 @@
 """sweep: finds what lost events have left undone, and sends those events again.
 
 Compares what S3 and MLflow hold with what the line has decided: a complete batch that was neither ingested nor refused, a
-dataset version that no training decided about, a registered model without a verdict. Runs on a schedule; by hand:
+dataset version that no training decided about, a registered model without a verdict. Completes the records of a switch of
+champion that was killed, and refuses what waited for a person for too long. Runs on a schedule; by hand:
 
     prefect deployment run 'sweep/line'
 
@@ -52,10 +53,13 @@ def sweep(options: SweepOptions = SweepOptions()) -> State[Any]:
     for each in lost:
         log.warning("%s: sending %s again", each.what, each.event)
         repeat(each)
-    if not lost:
-        return Completed(name="NothingLost", message="everything that was uploaded, made and registered is decided")
-    show(lost)
-    return Completed(name="Repeated", message="; ".join(each.what for each in lost))
+    done = [*complete_switches(here, options), *end_approvals(here)]
+    if lost:
+        show(lost)
+        return Completed(name="Repeated", message="; ".join([*(each.what for each in lost), *done]))
+    if done:
+        return Completed(name="MadeGood", message="; ".join(done))
+    return Completed(name="NothingLost", message="everything that was uploaded, made and registered is decided")
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
@@ -87,6 +91,34 @@ def find_lost_models(here: Settings, options: SweepOptions) -> "list[Lost]":
 
     followers, grace = read_followers(MODEL_REGISTERED), timedelta(minutes=options.grace_minutes)
     return list(lost_registrations(here.store, here.mlflow_tracking_uri, followers, datetime.now(UTC), grace))
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def complete_switches(here: Settings, options: SweepOptions) -> list[str]:
+    """Ledger, alias and event of switches whose run died after it had replaced the routing table; what was completed."""
+    from tasks.routing import read_routing
+    from tasks.runs import this_run
+    from tasks.transaction import Place, models_with_switches, settle
+
+    told = []
+    for model in models_with_switches(here.store):
+        table = read_routing(here.serving_root, model)
+        age = datetime.now(UTC) - datetime.fromisoformat(table.changed_at) if table else None
+        if age is None or age < timedelta(minutes=options.grace_minutes):  # a promotion watches its switch for a while
+            continue
+        place = Place(here.serving_root, here.store, here.mlflow_tracking_uri, model)
+        if entry := settle(place, f"flow-run/{this_run()}"):
+            told.append(f"the ledger of {model} did not know that v{entry.version} answers: {entry.action}")
+    return told
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def end_approvals(here: Settings) -> list[str]:
+    """Candidates that nobody approved in time are refused: their suspended runs go on with that answer."""
+    from tasks.approval import expire
+
+    late = expire(here.store, datetime.now(UTC))
+    return [f"nobody decided about {each.model} v{each.version} within {each.minutes:g} minutes" for each in late]
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)

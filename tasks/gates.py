@@ -26,6 +26,7 @@ __all__ = [
     "decide_promotion",
     "expected_cost",
     "probability_of_no_loss",
+    "table_of",
     "trials_to_show",
 ]
 
