@@ -48,7 +48,7 @@ def for_recipe(
     options, config and limits replace single fields of the ingest, train and promote parameters.
     Raises LookupError when prefect.yaml has no such template.
     """
-    known = sorted({found["name"] for found in parsed["deployments"] if flow_of(found) == "train"})
+    known = sorted({found["name"] for found in parsed["deployments"] if flow_of(found) == "promote"})
     if template not in known:
         raise LookupError(f"prefect.yaml has no recipe {template!r}; it has {', '.join(known)}")
     chosen = [deepcopy(found) for found in parsed["deployments"] if found["name"] == template]

@@ -28,7 +28,8 @@ class Variation:
 
     mirrored (left and right), flipped (top and bottom): bool [N]; turns: quarter turns against the clock, int64 [N]; shift:
     pixels down and right that the view moves, int64 [2, N]; angle: degrees against the clock, float [N]; contrast, brightness,
-    saturation: shares in -reach..reach; hue: share of the colour circle; exposure: stops; all float [N].
+    saturation, zoom: shares in -reach..reach; hue: share of the colour circle; exposure: stops; all float [N]. erased: top,
+    left, bottom, right of what is covered, in pixels, int64 [4, N].
     """
 
     mirrored: Tensor | None = None
@@ -41,6 +42,8 @@ class Variation:
     saturation: Tensor | None = None
     hue: Tensor | None = None
     exposure: Tensor | None = None
+    zoom: Tensor | None = None
+    erased: Tensor | None = None
 
     def of(self, some: slice) -> "Variation":
         """The variation of some of the photographs."""
@@ -77,7 +80,16 @@ def drawn(count: int, side: int, how: Augmentation, generator: torch.Generator) 
         saturation=within(how.saturation),
         hue=within(how.hue),
         exposure=within(how.exposure),
+        zoom=within(how.zoom),
+        erased=_covered(count, side, how.erase, generator) if how.erase else None,
     )
+
+
+def _covered(count: int, side: int, share: float, generator: torch.Generator) -> Tensor:
+    """[4, N]: a square for each photograph, its area between nothing and `share`, its middle anywhere, cut off at the edges."""
+    half = torch.rand(count, generator=generator).sqrt() * math.sqrt(share) * side / 2
+    middle = torch.rand(2, count, generator=generator) * side
+    return torch.cat([middle - half, middle + half]).round().long().clamp_(0, side)
 
 
 def varied(images: Tensor, variation: Variation) -> Tensor:
@@ -91,14 +103,26 @@ def varied(images: Tensor, variation: Variation) -> Tensor:
         planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         moves = _moves(variation, len(images), images.shape[1])
         if moves is not None:
-            planes = _moved(planes, moves.to(images.device), exact=variation.angle is None)
-        return _recoloured(planes, variation).permute(0, 2, 3, 1).contiguous()
+            exact = variation.angle is None and variation.zoom is None
+            planes = _moved(planes, moves.to(images.device), exact)
+        planes = _recoloured(planes, variation)
+        if variation.erased is not None:
+            planes = _erased(planes, variation.erased.to(images.device))
+        return planes.permute(0, 2, 3, 1).contiguous()
+
+
+def _erased(planes: Tensor, squares: Tensor) -> Tensor:
+    """[N, 3, S, S] -> the same with a square of each in the photograph's mean colour (DeVries and Taylor, "Cutout", 2017)."""
+    along = torch.arange(planes.shape[2], device=planes.device)
+    top, left, bottom, right = squares[:, :, None]
+    inside = ((along >= top) & (along < bottom))[:, None, :, None] & ((along >= left) & (along < right))[:, None, None]
+    return torch.where(inside, planes.mean(dim=(2, 3), keepdim=True), planes)
 
 
 def _moves(variation: Variation, count: int, side: int) -> Tensor | None:
     """[N, 2, 3]: where the pixel at (x, y, 1) is taken from, both in -1..1 from the middle; None: nothing moves."""
     of = variation
-    if of.mirrored is None and of.flipped is None and of.turns is None and of.shift is None and of.angle is None:
+    if all(each is None for each in (of.mirrored, of.flipped, of.turns, of.shift, of.angle, of.zoom)):
         return None
     moves = torch.eye(2).repeat(count, 1, 1)
     for axis, turned_over in ((0, of.mirrored), (1, of.flipped)):
@@ -110,6 +134,8 @@ def _moves(variation: Variation, count: int, side: int) -> Tensor | None:
     if of.angle is not None:
         cosine, sine = of.angle.deg2rad().cos(), of.angle.deg2rad().sin()
         moves = moves @ torch.stack([cosine, -sine, sine, cosine], 1).view(-1, 2, 2)
+    if of.zoom is not None:
+        moves = moves / (1 + of.zoom).view(-1, 1, 1)
     by = torch.zeros(count, 2, 1) if of.shift is None else of.shift.flip(0).T[:, :, None] * (2 / side)
     return torch.cat([moves, moves @ by], 2)
 

@@ -49,6 +49,13 @@ class Augmentation(BaseModel):
         default=0.0, ge=0, le=180, description="Turn by up to this many degrees, either way, edges repeated"
     )
     shift: float = Field(default=0.0, ge=0, le=0.25, description="Move by up to this share of the side, edges repeated")
+    zoom: float = Field(default=0.0, ge=0, le=0.5, description="Enlarge or shrink by up to this share, edges repeated")
+    erase: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="Cover a square of up to this share of the area with the mean colour, so that no single place decides",
+    )
     brightness: float = Field(default=0.1, ge=0, le=0.5, description="Add up to this share of full scale, up or down")
     contrast: float = Field(
         default=0.1, ge=0, le=0.5, description="Stretch the contrast by up to this share, up or down"

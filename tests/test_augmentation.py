@@ -11,7 +11,15 @@ from tasks.recipe import Augmentation
 NOTHING = Augmentation(flip_horizontal=False, brightness=0, contrast=0)
 MOVES = NOTHING.model_copy(update={"flip_horizontal": True, "flip_vertical": True, "quarter_turns": True, "shift": 0.2})
 EVERYTHING = Augmentation(
-    flip_vertical=True, quarter_turns=True, rotation=180, shift=0.1, saturation=0.5, hue=0.5, exposure=1.0
+    flip_vertical=True,
+    quarter_turns=True,
+    rotation=180,
+    shift=0.1,
+    zoom=0.3,
+    erase=0.2,
+    saturation=0.5,
+    hue=0.5,
+    exposure=1.0,
 )
 RECIPES = st.builds(
     Augmentation,
@@ -20,6 +28,8 @@ RECIPES = st.builds(
     quarter_turns=st.booleans(),
     rotation=st.sampled_from((0, 15, 180)),
     shift=st.sampled_from((0, 0.1, 0.25)),
+    zoom=st.sampled_from((0, 0.5)),
+    erase=st.sampled_from((0, 0.5)),
     brightness=st.sampled_from((0, 0.5)),
     contrast=st.sampled_from((0, 0.5)),
     saturation=st.sampled_from((0, 1)),
@@ -116,6 +126,39 @@ def test_rotation_turns_by_any_angle_as_torchvision_does(angle):
     assert (inner(only(picture, angle=angle)) - inner(picture.float())).abs().max() > 20, "the picture did turn"
 
 
+@pytest.mark.parametrize("change", [-0.3, 0.5])
+def test_zoom_enlarges_about_the_middle_as_torchvision_does(change):
+    picture = smooth()
+    expected = by_torchvision(
+        "affine",
+        picture,
+        angle=0,
+        translate=[0, 0],
+        scale=1 + change,
+        shear=[0, 0],
+        interpolation=functional.InterpolationMode.BILINEAR,
+    )
+    seen = slice(16, 48)  # what a picture shrunk to 0.7 still fills
+    found = only(picture, zoom=change)
+    assert (found - expected)[seen, seen].abs().max() < 1.5
+    assert (found - picture.float())[seen, seen].abs().max() > 20, "the picture did change"
+
+
+def test_what_is_erased_is_one_square_of_the_mean_colour_and_no_larger_than_asked():
+    how = NOTHING.model_copy(update={"erase": 0.25})
+    before = pictures(200, 20).float()
+    after = augment(pictures(200, 20), how, seeded())
+    shares = []
+    for was, now in zip(before, after, strict=True):
+        changed = (was != now).any(dim=2)
+        rows, columns = changed.any(dim=1).nonzero().flatten(), changed.any(dim=0).nonzero().flatten()
+        if len(rows):
+            square = now[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            torch.testing.assert_close(square, was.mean(dim=(0, 1)).expand_as(square), atol=1e-3, rtol=0)
+        shares.append(float(changed.float().mean()))
+    assert max(shares) <= 0.26 and max(shares) > 0.2 and min(shares) < 0.03
+
+
 def test_rotation_leaves_no_black_corners():
     bright = torch.full((24, 24, 3), 200, dtype=torch.uint8)
     torch.testing.assert_close(only(bright, angle=45.0), bright.float())
@@ -171,7 +214,14 @@ def test_each_photograph_is_varied_on_its_own_and_all_of_the_reach_is_used():
     found = augment(same, EVERYTHING, seeded())
     assert len({image.numpy().tobytes() for image in found}) > 290
     drew = drawn(300, 16, EVERYTHING, seeded())
-    for name, reach in (("angle", 180), ("saturation", 0.5), ("hue", 0.5), ("exposure", 1), ("contrast", 0.1)):
+    for name, reach in (
+        ("angle", 180),
+        ("zoom", 0.3),
+        ("saturation", 0.5),
+        ("hue", 0.5),
+        ("exposure", 1),
+        ("contrast", 0.1),
+    ):
         values = getattr(drew, name)
         assert values.min() < -0.95 * reach and values.max() > 0.95 * reach and values.abs().max() <= reach, name
 
