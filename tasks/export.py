@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tasks.quantize import Calibration
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
+Engine = Literal["onnx", "tensorrt", "tensorrt_rtx"]
 
 
 class Export(BaseModel):
@@ -33,6 +34,24 @@ class Export(BaseModel):
         le=4096,
         description="Training photographs that int8 ranges are measured on, the same number of each label",
     )
+    engine: Engine = Field(
+        "onnx",
+        description="What the version must come with: tensorrt, a plan that Triton serves, built on the machine that serves "
+        "it; tensorrt_rtx, an engine for inspection PCs with an RTX card, sealed beside the ONNX network that Triton serves",
+    )
+    engine_required: bool = Field(
+        True,
+        description="Where the engine cannot be built, the candidate is a rehearsal: proven, and refused. Off: the ONNX "
+        "network answers instead, and the table of gates says so",
+    )
+    max_batch_size: int = Field(8, ge=1, le=128, description="Largest batch that an engine takes")
+    compute_capability: str = Field(
+        "8.9",
+        pattern=r"^\d+\.\d$",
+        description="Of the cards a tensorrt_rtx engine is for; a tensorrt plan is for the card here",
+    )
+    hardware_compatible: bool = Field(False, description="A plan for every card from Ampere on; somewhat slower")
+    version_compatible: bool = Field(False, description="A plan for later TensorRT versions too; somewhat slower")
 
 
 @dataclass(frozen=True)

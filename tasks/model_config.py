@@ -1,11 +1,14 @@
 """ModelConfig -> the text of a Triton `config.pbtxt`. Pure; the workarounds it carries are explained where they stand."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from tasks.inference import INPUT, Accelerator
+
+_PLANS: Final = re.compile(r"_trt_\d+$")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,16 @@ def network_config(
     `auto_complete_config`), so versions with another number of classes or another embedding stand side by side.
     `specific` instead of `all`: one damaged version on disk must not keep the champion from loading, and what is kept
     for the record takes no memory. A policy edit reloads nothing that is loaded already.
+    A model `<model>_trt_<size>` is one of TensorRT plans: its batch must lie in the profile of each, and threads mean nothing.
     """
+    if _PLANS.search(network):
+        return ModelConfig(
+            name=network,
+            backend="tensorrt",
+            inputs=(Tensor(INPUT, "TYPE_UINT8", (image_size, image_size, 3)),),
+            max_batch_size=max_batch_size,
+            versions=tuple(sorted(versions)),
+        )
     return ModelConfig(
         name=network,
         backend="onnxruntime",

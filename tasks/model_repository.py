@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 from tasks.inference import Accelerator
 from tasks.model_config import config_text, network_config
@@ -37,9 +37,9 @@ class Runtime:
     max_batch_size: int = 8
 
 
-def network_name(model: str, image_size: int) -> str:
-    """`tire`, 224 -> `tire_onnx_224`: the network model behind the public model."""
-    return f"{_checked(model)}_onnx_{image_size}"
+def network_name(model: str, image_size: int, form: Literal["onnx", "trt"] = "onnx") -> str:
+    """`tire`, 224 -> `tire_onnx_224`: the network model behind the public model; `tire_trt_224` for its TensorRT plans."""
+    return f"{_checked(model)}_{form}_{image_size}"
 
 
 def repository(root: Path) -> Path:

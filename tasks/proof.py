@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from tasks.dataset import DatasetVersion, read_rows
 from tasks.decision import DecisionRule, decide
+from tasks.engine_passport import read_passport
 from tasks.gates import Evidence, accuracy
 from tasks.images import decode
 from tasks.inference import Accelerator, open_network
-from tasks.model_repository import NETWORK_FILE, REFERENCE_FILE
+from tasks.model_repository import NETWORK_FILE, PLAN_FILE, REFERENCE_FILE
 from tasks.parity import RETRAINED, ROUNDING, Step, climb, compare, golden_indices
 from tasks.scratch import ScratchServer
 from tasks.sealed import SealedVersion, read_sealed
@@ -236,10 +237,17 @@ def network_answers(
 
 def artifact_runs(directory: Path, precision: str, accelerator: Accelerator) -> dict[str, Run]:
     """Every form of the network that the sealed directory holds, from float32 ONNX to what is served."""
-    served = artifact_run(directory, accelerator)
-    if not (directory / REFERENCE_FILE).exists():
-        return {"ONNX": served}
-    return {"ONNX": onnx_run(directory / REFERENCE_FILE, accelerator), precision: served}
+    network = artifact_run(directory, accelerator)
+    if (directory / REFERENCE_FILE).exists():
+        forms = {"ONNX": onnx_run(directory / REFERENCE_FILE, accelerator), precision: network}
+    else:
+        forms = {"ONNX": network}
+    passport = read_passport(directory)
+    if (directory / PLAN_FILE).exists() and passport is not None:
+        from tasks.engine_run import OpenedEngine
+
+        forms["TensorRT"] = OpenedEngine(directory / PLAN_FILE, passport.builder, passport.profile[2])
+    return forms
 
 
 def onnx_run(path: Path, accelerator: Accelerator) -> Run:
@@ -248,7 +256,7 @@ def onnx_run(path: Path, accelerator: Accelerator) -> Run:
 
 
 def artifact_run(directory: Path, accelerator: Accelerator) -> Run:
-    """The sealed network in the server's own runtime, in process."""
+    """The sealed ONNX network in the server's own runtime, in process."""
     return onnx_run(directory / NETWORK_FILE, accelerator)
 
 

@@ -25,7 +25,8 @@ class SealedVersion:
     """The content of `version.json`: what a server and an auditor need to know about one version of one model.
 
     files: name -> sha256 (hex) of every other file of the directory; filled in by `seal`.
-    passport: versions of the software that made it (torch, onnx, onnxruntime, ...).
+    passport: versions of the software that made it (torch, onnx, onnxruntime, ...), and what INT8 was calibrated on.
+    rehearsal: why this is not what its recipe demands (no TensorRT here, ...); such a version is proven, and never answers.
     """
 
     model: str
@@ -42,6 +43,7 @@ class SealedVersion:
     precision: str
     passport: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    rehearsal: str | None = None
 
     def lineage(self) -> dict[str, str | int | float | None]:
         """What every answer says about where it comes from."""

@@ -1,0 +1,147 @@
+"""The engine that a recipe demands, built for a staged version; and what answers on a server that an engine does not fit."""
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Final
+
+from tasks.engine_passport import PASSPORT_FILE, Choice, EngineServer, choose, read_passport, write_passport
+from tasks.export import Export
+from tasks.gates import Gate
+from tasks.model_repository import (
+    NETWORK_FILE,
+    PLAN_FILE,
+    network_name,
+    publish_version,
+    published_versions,
+    stage_version,
+    version_directory,
+)
+from tasks.routing import Route, read_routing, replace_routing
+from tasks.sealed import SEAL, SealedVersion, read_sealed, seal
+from tasks.tensorrt_engine import EngineOptions, NoEngine, Tell, build_engine
+
+if TYPE_CHECKING:
+    from tasks.model_repository import Runtime
+    from tasks.serving import TritonAddress
+
+log = logging.getLogger(__name__)
+
+RTX_FILE: Final = "model.rtx"
+
+
+def stage_engine(root: Path, staged: Path, how: Export, tell: Tell = log.info) -> Path:
+    """The staged version with the engine that `how` demands; returns the directory to prove and publish.
+
+    tensorrt_rtx: sealed beside the ONNX network, which Triton goes on serving. tensorrt: a version of `<model>_trt_<size>`,
+    which holds the plan and everything it was made from. Where it cannot be built, and is required, the version is marked
+    as a rehearsal; where it is not required, it stays what it is.
+    """
+    if how.engine == "onnx":
+        return staged
+    sealed = read_sealed(staged)
+    with TemporaryDirectory() as folder:
+        built = Path(folder) / (PLAN_FILE if how.engine == "tensorrt" else RTX_FILE)
+        try:
+            passport = build_engine(
+                staged / NETWORK_FILE,
+                built,
+                options_of(how, root),
+                sealed.precision,
+                sealed.passport.get("calibration_digest"),
+                tell,
+            )
+        except NoEngine as error:
+            tell(f"no {how.engine} engine: {error}")
+            return _sealed_again(staged, replace(sealed, rehearsal=str(error))) if how.engine_required else staged
+        write_passport(Path(folder), passport)
+        if how.engine == "tensorrt_rtx":
+            for name in (RTX_FILE, PASSPORT_FILE):
+                shutil.copyfile(Path(folder) / name, staged / name)
+            return _sealed_again(staged, sealed)
+        beside = {path.name: path for path in staged.iterdir() if path.name != SEAL}
+        planned = replace(sealed, network=network_name(sealed.model, sealed.image_size, "trt"), files={})
+        made = stage_version(root, built, planned, {**beside, PASSPORT_FILE: Path(folder) / PASSPORT_FILE})
+    shutil.rmtree(staged)
+    return made
+
+
+def options_of(how: Export, root: Path) -> EngineOptions:
+    """How the engine of a recipe is built. Timing caches lie in the serving root: they belong to its card."""
+    assert how.engine != "onnx"
+    return EngineOptions(
+        how.engine,
+        largest=how.max_batch_size,
+        best=how.max_batch_size,
+        compute_capability=how.compute_capability,
+        hardware_compatible=how.hardware_compatible,
+        version_compatible=how.version_compatible,
+        timing_cache=root / "timing-caches" if how.engine == "tensorrt" else None,
+    )
+
+
+def _sealed_again(staged: Path, sealed: SealedVersion) -> Path:
+    """Unsealed first, so that a crash in between leaves no version whose seal does not say everything."""
+    (staged / SEAL).unlink()
+    seal(staged, replace(sealed, files={}))
+    return staged
+
+
+def engine_gates(staged: Path, how: Export) -> tuple[Gate, ...]:
+    """Whether the staged version has what its recipe demands; nothing where it demands nothing."""
+    if how.engine == "onnx":
+        return ()
+    sealed, passport = read_sealed(staged, verify_files=False), read_passport(staged)
+    if passport is not None and passport.builder == how.engine:
+        capability = f"for compute capability {passport.compute_capability}, built in {passport.build_seconds:.0f} s"
+        return (Gate("engine", True, f"{passport.builder} {passport.builder_version} {capability}", how.engine),)
+    if sealed.rehearsal is None:
+        return (Gate("engine", True, "the ONNX network answers", f"{how.engine}, or the ONNX network"),)
+    return (Gate("engine", False, f"a rehearsal without it: {sealed.rehearsal}", how.engine),)
+
+
+def require_no_rehearsal(sealed: SealedVersion) -> None:
+    """ValueError for a version that is not what its recipe demands: it may never answer anybody."""
+    if sealed.rehearsal is not None:
+        raise ValueError(
+            f"{sealed.model} v{sealed.version} is a rehearsal and cannot be champion: {sealed.rehearsal}; "
+            "promote it on a machine where the engine can be built"
+        )
+
+
+def keep_answering(
+    root: Path, address: "TritonAddress", model: str, server: EngineServer | None, runtime: "Runtime | None" = None
+) -> Choice | None:
+    """Routes a model whose champion is a plan that this server cannot run to the ONNX network of the same version, loaded
+    first; says what was chosen and why. None where the champion is no plan, or fits.
+    """
+    table = read_routing(root, model)
+    if table is None:
+        return None
+    directory = version_directory(root, table.champion.network, table.champion.version)
+    passport = read_passport(directory)
+    if passport is None or passport.builder != "tensorrt":
+        return None
+    choice = choose(passport, read_sealed(directory).files[NETWORK_FILE], server, can_build=False)
+    if choice.action == "engine":
+        return None
+    from tasks.serving import load_model
+
+    twin = publish_twin(root, directory, runtime)
+    load_model(address, twin.network, twin.version)
+    replace_routing(root, replace(table, champion=Route(twin.network, twin.version), revision=table.revision + 1))
+    return choice
+
+
+def publish_twin(root: Path, planned: Path, runtime: "Runtime | None" = None) -> SealedVersion:
+    """The ONNX network that a plan was built from as a version of `<model>_onnx_<size>`; harmless when it is there."""
+    sealed = read_sealed(planned)
+    network = network_name(sealed.model, sealed.image_size)
+    if sealed.version in published_versions(root, network):
+        return read_sealed(version_directory(root, network, sealed.version))
+    kept = {name for name in sealed.files if name not in (NETWORK_FILE, PLAN_FILE, PASSPORT_FILE)}
+    twin = replace(sealed, network=network, files={})
+    staged = stage_version(root, planned / NETWORK_FILE, twin, {name: planned / name for name in kept})
+    return publish_version(root, staged, runtime)

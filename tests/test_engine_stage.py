@@ -1,0 +1,151 @@
+"""The engine that a recipe demands: beside the network, instead of it, or not to be had here; and what answers then."""
+
+from dataclasses import replace
+
+import pytest
+
+from tasks.engine_passport import PASSPORT_FILE, EnginePassport, EngineServer, read_passport, write_passport
+from tasks.engine_stage import (
+    RTX_FILE,
+    engine_gates,
+    keep_answering,
+    publish_twin,
+    require_no_rehearsal,
+    stage_engine,
+)
+from tasks.export import Export
+from tasks.model_config import config_text, network_config
+from tasks.model_repository import (
+    NETWORK_FILE,
+    PLAN_FILE,
+    published_versions,
+    repository,
+    served_file,
+    stage_version,
+    version_directory,
+)
+from tasks.model_repository import publish_version as publish
+from tasks.routing import Route, RoutingTable, read_routing, write_routing
+from tasks.sealed import file_digest, read_sealed
+from tasks.serving import infer_front_door, is_version_ready, load_model
+from tasks.tensorrt_engine import NoEngine, server_of
+
+RTX = Export(engine="tensorrt_rtx")
+PLAN = Export(engine="tensorrt")
+
+
+@pytest.fixture
+def staged(tmp_path, small_network, describe):
+    return stage_version(tmp_path, small_network(), describe("lids", 4))
+
+
+def no_card() -> bool:
+    try:
+        server_of("tensorrt")
+    except NoEngine:
+        return True
+    return False
+
+
+def test_an_engine_for_inspection_pcs_is_sealed_beside_the_network_that_triton_serves(tmp_path, staged):
+    made = stage_engine(tmp_path, staged, RTX)
+    sealed, passport = read_sealed(made), read_passport(made)
+    assert made == staged and sealed.files.keys() == {NETWORK_FILE, RTX_FILE, PASSPORT_FILE}
+    assert passport.engine_sha256 == sealed.files[RTX_FILE] and passport.onnx_sha256 == sealed.files[NETWORK_FILE]
+    assert served_file(made).name == NETWORK_FILE and sealed.rehearsal is None
+    (gate,) = engine_gates(made, RTX)
+    assert gate.held and gate.measured.startswith("tensorrt_rtx 1.") and "compute capability 8.9" in gate.measured
+    require_no_rehearsal(sealed)
+
+
+def test_a_recipe_that_demands_no_engine_gets_the_network_as_it_is(tmp_path, staged):
+    before = read_sealed(staged)
+    assert stage_engine(tmp_path, staged, Export()) == staged and read_sealed(staged) == before
+    assert engine_gates(staged, Export()) == ()
+
+
+@pytest.mark.skipif(not no_card(), reason="this machine can build plans")
+def test_a_rehearsal_without_a_card_is_marked_refused_by_the_gates_and_can_never_be_champion(tmp_path, staged):
+    told = []
+    made = stage_engine(tmp_path, staged, PLAN, told.append)
+    sealed = read_sealed(made)
+    assert "tensorrt" in sealed.rehearsal and told == [f"no tensorrt engine: {sealed.rehearsal}"]
+    (gate,) = engine_gates(made, PLAN)
+    assert not gate.held and gate.measured == f"a rehearsal without it: {sealed.rehearsal}"
+    with pytest.raises(ValueError, match="lids v4 is a rehearsal and cannot be champion"):
+        require_no_rehearsal(sealed)
+
+
+@pytest.mark.skipif(not no_card(), reason="this machine can build plans")
+def test_where_the_engine_is_not_required_the_onnx_network_answers_and_the_gate_says_so(tmp_path, staged):
+    how = PLAN.model_copy(update={"engine_required": False})
+    made = stage_engine(tmp_path, staged, how)
+    (gate,) = engine_gates(made, how)
+    assert gate.held and gate.measured == "the ONNX network answers" and read_sealed(made).rehearsal is None
+
+
+def test_a_model_of_plans_is_one_of_the_tensorrt_backend():
+    text = config_text(network_config("lids_trt_32", 32, (4,), "openvino", threads=2))
+    assert 'backend: "tensorrt"' in text and "intra_op" not in text and "openvino" not in text
+    assert "versions: [4]" in text and "max_batch_size: 8" in text
+
+
+@pytest.fixture
+def planned(tmp_path_factory, small_network, describe):
+    """`planned(root, model)`: a published version of a plan, as a machine with a card leaves it. The plan's bytes are never
+    opened here: this server has no card, which is what the tests are about.
+    """
+
+    def made(root, model):
+        folder = tmp_path_factory.mktemp("plan")
+        (folder / PLAN_FILE).write_bytes(b"a plan for another card")
+        network = small_network()
+        passport = EnginePassport(
+            *(
+                "tensorrt",
+                "10.13.2",
+                file_digest(network),
+                file_digest(folder / PLAN_FILE),
+                "float32",
+                "8.6",
+                "NVIDIA A10",
+            ),
+            *((1, 8, 8), False, False, None, "2026-11-21T10:00:00+00:00", 40.0),
+        )
+        told = describe(model, 4, network=f"{model}_trt_32")
+        beside = {NETWORK_FILE: network, PASSPORT_FILE: write_passport(folder, passport)}
+        publish(root, stage_version(root, folder / PLAN_FILE, told, beside))
+        return version_directory(root, told.network, 4)
+
+    return made
+
+
+def test_the_network_that_a_plan_was_built_from_becomes_a_version_of_its_own(tmp_path, planned):
+    directory = planned(tmp_path, "lids")
+    assert served_file(directory).name == PLAN_FILE
+    twin = publish_twin(tmp_path, directory)
+    assert twin == publish_twin(tmp_path, directory)
+    assert (twin.network, twin.version, set(twin.files)) == ("lids_onnx_32", 4, {NETWORK_FILE})
+    assert twin.files[NETWORK_FILE] == read_sealed(directory).files[NETWORK_FILE]
+    assert published_versions(tmp_path, "lids_onnx_32") == [4]
+    assert 'backend: "tensorrt"' in (repository(tmp_path) / "lids_trt_32" / "config.pbtxt").read_text()
+
+
+def test_on_a_server_that_cannot_run_the_plan_the_onnx_network_answers_and_it_is_said_why(triton, planned, photograph):
+    from tasks.model_repository import install_front_door
+
+    directory = planned(triton.root, "lids")
+    write_routing(triton.root, RoutingTable("lids", Route("lids_trt_32", 4), revision=1))
+    fits = EngineServer("tensorrt", "10.13.2", "8.6", "NVIDIA A10")
+    assert keep_answering(triton.root, triton.address, "lids", fits) is None
+    assert read_routing(triton.root, "lids").champion.network == "lids_trt_32"
+    choice = keep_answering(triton.root, triton.address, "lids", replace(fits, version="11.1.0"))
+    assert choice.action == "onnx" and "the server has 11.1.0" in choice.why
+    table = read_routing(triton.root, "lids")
+    assert (table.champion, table.revision) == (Route("lids_onnx_32", 4), 2)
+    install_front_door(triton.root, "lids")
+    load_model(triton.address, "lids")
+    assert is_version_ready(triton.address, "lids_onnx_32", 4)
+    assert infer_front_door(triton.address, "lids", photograph(1)).model_version == 4
+    assert keep_answering(triton.root, triton.address, "lids", None) is None, "the champion is no plan any more"
+    assert directory.exists()
