@@ -15,6 +15,7 @@ from deploy import journal, local
 from deploy.dataset import app as dataset_app
 from deploy.dataset import upload
 from deploy.labels import app as labels_app
+from deploy.ledger import approve, ledger, reject, trace, who_was
 from deploy.quarantine import app as quarantine_app
 from deploy.services import past_proxies
 from deploy.stack import Stack, StackError, read_stack
@@ -23,7 +24,8 @@ app: Final = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc_
 app.add_typer(dataset_app, name="dataset")
 app.add_typer(labels_app, name="labels")
 app.add_typer(quarantine_app, name="quarantine")
-app.command()(upload)
+for command in (upload, ledger, who_was, trace, approve, reject):
+    app.command()(command)
 console: Final = Console()
 
 State = Annotated[Path, typer.Option(help="State folder of the stack")]
@@ -158,36 +160,15 @@ def rollback(
         os.environ.update(read_stack(state).environment())
         from flows.settings import Settings
         from tasks.rollback import NothingToRollBack, roll_back
+        from tasks.routing import RoutingChanged
 
         here = Settings()
         who = f"user/{getpass.getuser()}"
         done = roll_back(here.serving_root, here.triton, here.store, here.mlflow_tracking_uri, model, who, why)
-    except (StackError, NothingToRollBack) as error:
+    except (StackError, NothingToRollBack, RoutingChanged) as error:
         fail(error)
     took = time.monotonic() - started
     console.print(f"{model} v{done.version} answers again instead of v{done.withdrawn} ({took:.1f} s)", highlight=False)
-
-
-@app.command()
-def ledger(
-    model: Annotated[str, typer.Argument(help="Public name of the model")],
-    state: State = _STATE,
-) -> None:
-    """Who was champion, since when, why and by whom."""
-    try:
-        os.environ.update(read_stack(state).environment())
-        from flows.settings import Settings
-        from tasks.ledger import read_ledger
-
-        entries = read_ledger(Settings().store, model)
-    except (StackError, ValueError) as error:
-        fail(error)
-    table = Table(box=None, pad_edge=False)
-    for column in ("since", "version", "before", "what", "why", "who"):
-        table.add_column(column)
-    for entry in entries:
-        table.add_row(entry.at[:19], str(entry.version), str(entry.previous or "-"), entry.action, entry.why, entry.who)
-    console.print(table)
 
 
 def _shown(path: Path) -> str:

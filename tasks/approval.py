@@ -112,13 +112,13 @@ def _is_paused(run: str) -> bool:
 
 
 def answer(request: Request, decision: str, who: str, why: str) -> None:
-    """Resume the run with the answer. Raises PermissionError when `who` may not decide, RuntimeError when Prefect refuses."""
+    """Resume the run with the answer. Raises ValueError when `who` may not decide, RuntimeError when Prefect refuses."""
     from uuid import UUID
 
     from prefect.flow_runs import resume_flow_run
 
     if who != TIME_OUT and not may_decide(request, who):
-        raise PermissionError(
+        raise ValueError(
             f"{who} may not decide about {request.model} v{request.version}: its recipe names {', '.join(request.who)}"
         )
     resume_flow_run(UUID(request.run), run_input={"decision": decision, "who": who, "why": why})

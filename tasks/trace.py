@@ -1,0 +1,225 @@
+"""One answered request, years later: which photograph, which version, trained on what, allowed by whom; and its score again.
+
+Only sampled requests are captured (`TIREWATCH_CAPTURE_SHARE`); a recipe that must answer for every piece captures all of them.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.decision import DecisionRule, decide, score
+from tasks.images import decode
+from tasks.ledger import Entry, champion_at, read_ledger
+from tasks.model_repository import NETWORK_FILE, repository, version_directory
+from tasks.sealed import InvalidVersion, SealedVersion, read_sealed
+from tasks.storage import Store, list_folders, list_objects, read
+
+if TYPE_CHECKING:
+    from tasks.inference import Accelerator
+
+_SPOOL: Final = "spool"
+_CAPTURES: Final = "captures"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The request as it was answered. where: the file or object that holds it. at: UTC."""
+
+    model: str
+    request_id: str
+    at: datetime
+    version: int
+    label: str
+    score: float
+    image: bytes
+    tire_id: str
+    line: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the version was made of, as its seal says, or its card in MLflow where the sealed directory is gone."""
+
+    rule: DecisionRule
+    preprocessing: str
+    image_size: int
+    dataset: str
+    dataset_version: int
+    dataset_digest: str
+    run_id: str
+    commit: str
+    precision: str
+    passport: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """by: the network that the score was computed with again. entry: of the ledger, in force at that moment."""
+
+    captured: Captured
+    image_sha256: str
+    origin: Origin
+    by: str
+    label: str
+    score: float
+    entry: Entry | None
+
+    @property
+    def difference(self) -> float:
+        return abs(self.score - self.captured.score)
+
+    @property
+    def equal(self) -> bool:
+        """The same label, and the same score to the last bit."""
+        return self.label == self.captured.label and self.difference == 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For scripts: without the photograph."""
+        captured = {name: value for name, value in vars(self.captured).items() if name != "image"}
+        return {
+            **captured,
+            "at": self.captured.at.isoformat(timespec="milliseconds"),
+            "image_sha256": self.image_sha256,
+            "origin": asdict(self.origin),
+            "reproduced": {
+                "by": self.by,
+                "label": self.label,
+                "score": self.score,
+                "difference": self.difference,
+                "equal": self.equal,
+            },
+            "ledger": asdict(self.entry) if self.entry else None,
+        }
+
+
+def captured_models(store: Store, root: Path) -> list[str]:
+    """Models of which requests were captured."""
+    spooled = [path.name for path in (root / _SPOOL).glob("*") if path.is_dir()]
+    return sorted({*list_folders(store, _CAPTURES), *spooled})
+
+
+def find_captured(store: Store, root: Path, model: str, request_id: str, day: date | None = None) -> Captured | None:
+    """The newest request of that id, from the server's spool or from S3; None where none was captured."""
+    return next(_in_spool(root, model, request_id), None) or next(_on_s3(store, model, request_id, day), None)
+
+
+def _in_spool(root: Path, model: str, request_id: str) -> Iterator[Captured]:
+    from monitoring.capture import read_spool
+
+    for path, record in reversed(list(read_spool(root / _SPOOL / model))):
+        if record.request_id == request_id:
+            assert isinstance(record.image, bytes)  # as it is read; pixels are encoded when they are written
+            moment = datetime.fromtimestamp(record.captured_at, UTC)
+            facts = (record.version, record.label, record.score, record.image, record.tire_id, record.line)
+            yield Captured(model, request_id, moment, *facts, str(path))
+
+
+def _on_s3(store: Store, model: str, request_id: str, day: date | None) -> Iterator[Captured]:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    for found in reversed(list_objects(store, f"{_CAPTURES}/{model}/{day.isoformat() if day else ''}")):
+        file = pq.ParquetFile(io.BytesIO(read(store, found.key)))
+        ids = file.read(["request_id"])["request_id"]
+        place = pc.index(ids, request_id).as_py()
+        if place >= 0:
+            row = file.read().slice(place, 1).to_pylist()[0]
+            moment = datetime.fromtimestamp(row["captured_at"], UTC)
+            facts = (row["version"], row["label"], row["score"], row["image"], row["tire_id"], row["line"])
+            yield Captured(model, request_id, moment, *facts, store.uri(found.key))
+
+
+def trace(captured: Captured, store: Store, root: Path, tracking_uri: str, accelerator: "Accelerator") -> Trace:
+    """Everything behind the answer, and the score computed again from the captured photograph.
+
+    Raises LookupError when neither the server's disk nor MLflow holds the version.
+    """
+    directory = sealed_directory(root, captured.model, captured.version)
+    if directory is not None:
+        origin, by = _of_seal(read_sealed(directory)), f"the sealed network {directory.parent.name}/{directory.name}"
+        probabilities = _by_artifact(directory, _pixels(captured, origin), accelerator)
+    else:
+        origin = _of_card(tracking_uri, captured.model, captured.version)
+        by = "the registered PyTorch network: the sealed one is no longer on this server"
+        probabilities = _by_registered(tracking_uri, captured, _pixels(captured, origin))
+    return Trace(
+        captured=captured,
+        image_sha256=hashlib.sha256(captured.image).hexdigest(),
+        origin=origin,
+        by=by,
+        label=origin.rule.labels[int(decide(probabilities, origin.rule)[0])],
+        score=float(score(probabilities, origin.rule)[0]),
+        entry=champion_at(read_ledger(store, captured.model), captured.at),
+    )
+
+
+def sealed_directory(root: Path, model: str, version: int) -> Path | None:
+    """The sealed directory of the version that runs on a processor; None where the server holds none any more."""
+    for network in sorted(repository(root).glob(f"{model}_*")):
+        directory = version_directory(root, network.name, version)
+        try:
+            sealed = read_sealed(directory, verify_files=False)
+        except InvalidVersion:
+            continue
+        if sealed.model == model and NETWORK_FILE in sealed.files:
+            return directory
+    return None
+
+
+def _pixels(captured: Captured, origin: Origin) -> NDArray[np.uint8]:
+    return decode(captured.image, origin.image_size, origin.preprocessing)[None]
+
+
+def _by_artifact(directory: Path, pixels: NDArray[np.uint8], accelerator: "Accelerator") -> NDArray[np.float32]:
+    from tasks.inference import open_network
+
+    return open_network(directory / NETWORK_FILE, accelerator, os.cpu_count() or 1)(pixels)["probabilities"]
+
+
+def _by_registered(tracking_uri: str, captured: Captured, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    from tasks.proof import torch_run
+    from tasks.registry import load_network
+
+    return torch_run(load_network(tracking_uri, captured.model, captured.version))(pixels)
+
+
+def _of_seal(sealed: SealedVersion) -> Origin:
+    return Origin(
+        sealed.rule,
+        sealed.preprocessing,
+        sealed.image_size,
+        sealed.dataset,
+        sealed.dataset_version,
+        sealed.dataset_digest,
+        sealed.run_id,
+        sealed.commit,
+        sealed.precision,
+        dict(sealed.passport),
+    )
+
+
+def _of_card(tracking_uri: str, model: str, version: int) -> Origin:
+    from tasks.registry import load_card
+
+    registered, card = load_card(tracking_uri, model, version)
+    return Origin(
+        card.rule,
+        card.preprocessing,
+        card.image_size,
+        card.dataset,
+        card.dataset_version,
+        card.dataset_digest,
+        registered.run_id,
+        card.commit,
+        "float32",
+        {},
+    )
