@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy import journal, local
+from deploy.archive import app as version_app
 from deploy.dataset import app as dataset_app
 from deploy.dataset import upload
 from deploy.labels import app as labels_app
@@ -24,6 +25,7 @@ app: Final = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc_
 app.add_typer(dataset_app, name="dataset")
 app.add_typer(labels_app, name="labels")
 app.add_typer(quarantine_app, name="quarantine")
+app.add_typer(version_app, name="version")
 for command in (upload, ledger, who_was, trace, approve, reject):
     app.command()(command)
 console: Final = Console()
