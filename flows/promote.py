@@ -6,6 +6,7 @@ By hand: `prefect deployment run 'promote/tire' -p version=7`. A run that an eve
 version only when its deployment has not yet decided about it.
 """
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from prefect.states import Completed
 
 from flows.settings import Settings, settings
 from tasks.approval import Approval
+from tasks.engine_stage import engine_gates
 from tasks.events import emit
 from tasks.export import Export
 from tasks.gates import Decision, Gate, Limits, as_markdown, decide_promotion, table_of
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from tasks.swap import Swap
     from tasks.transaction import Intention, Place
 
+log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -56,7 +59,7 @@ def promote(
         model: Registered model, and public name of the Triton model.
         version: Registered version; the newest one when left empty.
         limits: What the candidate must prove.
-        artifact: In which form it is served: precision, and what its ranges are measured on.
+        artifact: In which form it is served: precision, what its ranges are measured on, and an engine it must come with.
         approval: Whether a person must agree before the switch, and who may. Empty: the gates alone decide.
         occasion: The event that started this run. Empty by hand: then the version is proven whatever was decided before.
     """
@@ -71,7 +74,7 @@ def promote(
         return Completed(name="Unchanged", message=f"{model} v{candidate.version} is the champion already")
     staged = kept(export, approval)(here, candidate, card, artifact)
     proof = kept(prove, approval)(here, candidate, card, staged, limits)
-    decision = decide_promotion(proof.evidence, limits)
+    decision = Decision((*decide_promotion(proof.evidence, limits).gates, *engine_gates(staged, artifact)))
     kept(record, approval)(here, candidate, decision, proof.figures)
     if approval and decision.promote:
         decision = Decision((*decision.gates, approved(here, candidate, decision, approval)))
@@ -146,6 +149,7 @@ def export(here: Settings, candidate: "TrainedModel", card: "ModelCard", artifac
     import tempfile
 
     from tasks.dataset import open_version
+    from tasks.engine_stage import stage_engine
     from tasks.export import export_network, require_runnable
     from tasks.model_repository import stage_version
     from tasks.quantize import Calibration, calibration_of
@@ -160,7 +164,8 @@ def export(here: Settings, candidate: "TrainedModel", card: "ModelCard", artifac
     with tempfile.TemporaryDirectory() as folder:
         exported = export_network(network, card.image_size, Path(folder), artifact, calibrate)
         sealed = sealed_version(candidate, card, artifact.precision, exported.passport)
-        return stage_version(here.serving_root, exported.file, sealed, exported.beside)
+        staged = stage_version(here.serving_root, exported.file, sealed, exported.beside)
+    return stage_engine(here.serving_root, staged, artifact, log.info)
 
 
 def sealed_version(
@@ -196,7 +201,7 @@ def prove(here: Settings, candidate: "TrainedModel", card: "ModelCard", staged: 
     from tasks.dataset import open_version
     from tasks.model_repository import version_directory
     from tasks.proof import Bench, gather
-    from tasks.registry import load_network
+    from tasks.registry import load_network, load_reference
 
     table = read_routing(here.serving_root, candidate.name)
     route = table.champion if table else None
@@ -209,6 +214,7 @@ def prove(here: Settings, candidate: "TrainedModel", card: "ModelCard", staged: 
         staged,
         champion,
         Bench(here.serving_root, here.triton_python, here.cpu_accelerator, limits.evaluation_concurrency),
+        load_reference(here.mlflow_tracking_uri, candidate.name, candidate.version),
     )
     return replace(proof, evidence=with_cohorts(proof.evidence, here.store, dataset))
 

@@ -1,5 +1,6 @@
 """Real services for the tests: started once a session, on free ports, in a temporary directory, ended with it."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -408,6 +409,60 @@ def prints() -> Prints:
         DecisionRule(classes),
         trained.network.cpu().eval(),
     )
+
+
+@pytest.fixture(scope="session")
+def register_prints(
+    store: Store, mlflow_uri: str, prints: Prints, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
+    """`register_prints(name, versions=1)`: the pictures as a dataset on S3, the network registered as so many versions of a
+    model of that name; the last version and its card.
+    """
+    import uuid
+
+    import numpy as np
+    import pyarrow as pa
+
+    from flows import ingest
+    from tasks import dataset, registry, storage
+    from tasks.images import CURRENT
+    from tasks.model import normalisation
+    from tasks.recipe import TrainConfig
+    from tasks.tracking import open_run
+    from tasks.training import predict
+
+    def registered(name: str, versions: int = 1) -> Any:
+        prefix = f"incoming/{name}/first/"
+        files = {
+            f"{prefix}{split}/{prints.rule.labels[label]}/{number}.png": data
+            for split in ("train", "val", "test")
+            for number, (data, label) in enumerate(zip(prints.encoded[split][:110], prints.labels[split], strict=False))
+        }
+        storage.write_many(store, files.items())
+        found = ingest.find_batch.fn(store, name, prefix)
+        with ingest.examine_photographs.fn(store, found, tmp_path_factory.mktemp("spool")) as examination:
+            write = dataset.writer(store, found, examination)
+            ingest.commit.fn(store, found, examination, ingest.IngestOptions(), write)
+        version = dataset.open_version(store, name, 1)
+        table = dataset.read_table(store, version, "val")
+        place = {hashlib.sha256(data).hexdigest(): number for number, data in enumerate(prints.encoded["val"])}
+        order = [place[digest] for digest in table["sha256"].to_pylist()]
+        answers = predict(prints.network, prints.pixels["val"][order])
+        labels = np.array([prints.labels["val"][n] for n in order])
+        reference = registry.Reference(
+            answers["embedding"], answers["probabilities"], labels, np.array(table["sha256"].to_pylist()), pa.table(table)
+        )
+        rule, (mean, std) = prints.rule, normalisation("cnn")
+        card = registry.ModelCard("cnn", 16, CURRENT, mean, std, rule, name, 1, version.digest, "commit", 0)
+        assert float(prints.network.temperature) == 1.0
+        config = TrainConfig(architecture="cnn", pretrained=False, image_size=16)
+        weights = prints.network.classifier.state_dict()
+        for _ in range(versions):
+            run_id = open_run(mlflow_uri, version, config, str(uuid.uuid4()), "http://prefect/run")
+            model = registry.register(mlflow_uri, run_id, card, weights, reference, {})
+        return model, card
+
+    return registered
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import stat
 import tarfile
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
@@ -178,52 +177,30 @@ def test_verify_says_what_an_archive_holds_and_asks_whom_to_trust(tmp_path, arch
 
 
 @pytest.fixture(scope="module")
-def home(store, mlflow_uri, prints, tmp_path_factory):
+def home(store, mlflow_uri, prints, register_prints, tmp_path_factory):
     """The plant that trains: `postcards` version 3 is registered and published there, in INT8; 1 and 2 were others."""
-    import uuid
-    from dataclasses import replace
-
-    from tasks import registry
-    from tasks.dataset import DatasetVersion
     from tasks.export import Export, export_network
     from tasks.images import CURRENT
-    from tasks.model import normalisation
     from tasks.model_repository import publish_version, stage_version
     from tasks.quantize import Calibration
-    from tasks.recipe import TrainConfig
     from tasks.sealed import SealedVersion
-    from tasks.tracking import open_run
     from tasks.version_transfer import Plant
 
-    config = TrainConfig(architecture="cnn", pretrained=False, image_size=16)
-    dataset = DatasetVersion("postcards", 1, "sha256:" + "cd" * 32, "s3://b/x.lance", prints.rule.labels, {})
-    card = registry.ModelCard(
-        *("cnn", 16, CURRENT, *normalisation("cnn"), prints.rule, "postcards", 1, dataset.digest, "commit", 0),
-        temperature=float(prints.network.temperature),
-    )
-    reference = registry.Reference(
-        np.zeros((2, 4), np.float32), np.full((2, 6), 1 / 6, np.float32), np.array([0, 1]), np.array(["aa", "bb"]),
-        pa.table({"sha256": ["aa", "bb"]}),
-    )  # fmt: skip
-    weights = prints.network.classifier.state_dict()
-    for _ in range(3):
-        run_id = open_run(mlflow_uri, dataset, config, str(uuid.uuid4()), "http://prefect/run")
-        model = registry.register(mlflow_uri, run_id, card, weights, reference, {})
-    root = tmp_path_factory.mktemp("home")
-    how, calibration = Export(precision="int8"), Calibration(prints.pixels["train"][:64])
-    folder = tmp_path_factory.mktemp("export")
-    made = export_network(prints.network, 16, folder, how, lambda: calibration)
+    model, card = register_prints("postcards", versions=3)
+    assert model.version == 3
+    root, folder = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("export")
+    calibration = Calibration(prints.pixels["train"][:64])
+    made = export_network(prints.network, 16, folder, Export(precision="int8"), lambda: calibration)
     sealed = SealedVersion(
-        *("postcards", 3, "postcards_onnx_16", prints.rule, CURRENT, 16, "postcards", 1, dataset.digest, model.run_id),
-        *("commit", "int8", made.passport),
+        *("postcards", 3, "postcards_onnx_16", prints.rule, CURRENT, 16, "postcards", 1, card.dataset_digest),
+        *(model.run_id, "commit", "int8", made.passport),
     )
     publish_version(root, stage_version(root, made.file, sealed, made.beside))
-    assert replace(model, version=3) == model
     return Plant(root, store, mlflow_uri, "openvino")
 
 
 @pytest.fixture(scope="module")
-def carried(home, prints, ingested_once, tmp_path_factory):
+def carried(home, tmp_path_factory):
     """The archive and the key that vouches for it."""
     from tasks.version_transfer import export_version
 
@@ -231,24 +208,6 @@ def carried(home, prints, ingested_once, tmp_path_factory):
     signing, trusted = make_keys(folder)
     export_version(home, "postcards", 3, folder / "postcards.tar", signing_key(signing))
     return folder / "postcards.tar", trusted_key(trusted)
-
-
-@pytest.fixture(scope="module")
-def ingested_once(store, prints, tmp_path_factory):
-    """The dataset `postcards` with photographs of its validation split, on S3."""
-    from flows import ingest
-    from tasks import dataset, storage
-
-    prefix = "incoming/postcards/first/"
-    files = {
-        f"{prefix}{split}/{prints.rule.labels[label]}/{number}.png": data
-        for split in ("train", "val", "test")
-        for number, (data, label) in enumerate(zip(prints.encoded[split][:40], prints.labels[split], strict=False))
-    }
-    storage.write_many(store, files.items())
-    found = ingest.find_batch.fn(store, "postcards", prefix)
-    with ingest.examine_photographs.fn(store, found, tmp_path_factory.mktemp("spool")) as examination:
-        ingest.commit.fn(store, found, examination, ingest.IngestOptions(), dataset.writer(store, found, examination))
 
 
 def test_a_version_takes_its_networks_its_card_its_evidence_and_golden_photographs_along(carried):

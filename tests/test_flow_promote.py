@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tasks.gates import Limits
 from tasks.inference import open_network
 from tasks.model_repository import network_name, published_versions, version_directory
 from tasks.onnx_export import export_onnx
+from tasks.proof import photographs, run_all, torch_run
 from tasks.recipe import Augmentation, TrainConfig
 from tasks.routing import read_routing, replace_routing, routing_file
 from tasks.sealed import file_digest, read_sealed
@@ -106,6 +108,10 @@ def register(here, trained):
         dataset = open_version(here.store, MODEL, 1)
         run_id = open_run(here.mlflow_tracking_uri, dataset, QUICK, flow_run, "http://prefect/run")
         reference = registry.load_reference(here.mlflow_tracking_uri, MODEL, trained.version)
+        validation = photographs(here.store, dataset, "val").encoded
+        network = torch_run(registry.built(card, noisy))
+        (probabilities,) = run_all([network], validation, card.image_size, card.preprocessing)
+        reference = replace(reference, probabilities=probabilities)  # what this version's training would have noted
         return registry.register(here.mlflow_tracking_uri, run_id, card, noisy, reference, {})
 
     return registered
