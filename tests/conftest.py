@@ -450,7 +450,11 @@ def register_prints(
         answers = predict(prints.network, prints.pixels["val"][order])
         labels = np.array([prints.labels["val"][n] for n in order])
         reference = registry.Reference(
-            answers["embedding"], answers["probabilities"], labels, np.array(table["sha256"].to_pylist()), pa.table(table)
+            answers["embedding"],
+            answers["probabilities"],
+            labels,
+            np.array(table["sha256"].to_pylist()),
+            pa.table(table),
         )
         rule, (mean, std) = prints.rule, normalisation("cnn")
         card = registry.ModelCard("cnn", 16, CURRENT, mean, std, rule, name, 1, version.digest, "commit", 0)
