@@ -67,7 +67,7 @@ def in_slices(evidence: Evidence, limits: Limits) -> list[Gate]:
     names = [name for name, part in evidence.parts.items() if part.sum() >= limits.min_slice_images]
     pairs = [_differences(evidence, evidence.champion, evidence.parts[name]) for name in names]
     corrected = holm([probability_of_no_loss(lost, won) for lost, won in pairs])
-    told = sorted(zip(corrected, names, pairs, strict=True), key=lambda each: each[0])
+    told = sorted(zip(corrected, names, pairs, strict=True), key=lambda each: (each[0], each[2][1] - each[2][0]))
     worse = [each for each in told if each[0] < 1 - CONFIDENCE]
     shown = "; ".join(f"{name}: {lost} lost, {won} won, p {p:.2g}" for p, name, (lost, won) in (worse or told)[:_NAMED])
     counted = f"{len(worse)} of {len(names)} slices of at least {limits.min_slice_images} images are worse"
