@@ -1,15 +1,21 @@
 """The promote flow on real S3, MLflow, Prefect and Triton: digits, trained for real, promoted, refused, killed half-way."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
 from pydantic import SecretStr
 
 from flows.ingest import IngestOptions, ingest
@@ -17,6 +23,7 @@ from flows.promote import promote
 from flows.settings import Settings
 from flows.train import train
 from tasks import ledger, registry, storage
+from tasks.approval import Approval, answer, open_requests
 from tasks.dataset import open_version, read_rows
 from tasks.gates import Limits
 from tasks.inference import open_network
@@ -28,6 +35,7 @@ from tasks.routing import read_routing, replace_routing, routing_file
 from tasks.sealed import file_digest, read_sealed
 from tasks.serving import NotServed, infer_front_door, is_version_ready
 from tasks.sources import digit_folders, upload_folder
+from tasks.trace import Captured, trace
 
 MODEL = "scans"
 NETWORK = network_name(MODEL, 16)
@@ -343,3 +351,97 @@ def test_a_switch_during_which_a_request_fails_is_undone_and_refused(here, first
     assert told == [("promoted", third.version), ("undone", before.champion.version)] and ledger.breaks(entries) == []
     assert registry.champion_version(here.mlflow_tracking_uri, MODEL) == before.champion.version
     assert infer_front_door(here.triton, MODEL, held_back(here)[0]).model_version == before.champion.version
+
+
+# --- a person decides -------------------------------------------------------------------------------------------------
+
+
+def test_a_person_who_says_no_leaves_everything_as_it_was(here, first, register):
+    candidate = register(0.005, "rejected")
+    before = read_routing(here.serving_root, MODEL)
+
+    def reject() -> None:
+        while not (waiting := open_requests(here.store, MODEL)):
+            time.sleep(0.2)
+        answer(waiting[0], "reject", "anna", "the light was odd")
+
+    thread = threading.Thread(target=reject)
+    thread.start()
+    state = promote(MODEL, candidate.version, LIMITS, approval=Approval(minutes=5), return_state=True)
+    thread.join()
+    assert state.name == "Refused" and "approval: rejected by anna: the light was odd" in state.message
+    assert read_routing(here.serving_root, MODEL) == before
+    assert list((here.serving_root / "staging").iterdir()) == []
+    assert "| approval | **no** | rejected by anna: the light was odd |" in artifact(f"promotion-{MODEL}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_suspended_promotion_goes_on_after_its_approval_without_proving_anything_twice(
+    here, first, register, tmp_path
+):
+    """As a worker runs it: the process ends at the question, and another one begins with the answer."""
+    candidate = register(0.004, "approved")
+    parameters = {
+        "model": MODEL,
+        "version": candidate.version,
+        "limits": LIMITS.model_dump(),
+        "approval": {"minutes": 60},
+    }
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(
+            client.create_flow_from_name("promote"),
+            "approved",
+            entrypoint="flows/promote.py:promote",
+            path=str(Path(__file__).parents[1]),
+            enforce_parameter_schema=False,
+        )
+        run = client.create_flow_run_from_deployment(deployment, parameters=parameters).id
+
+    def work() -> str:
+        settings = {
+            f"TIREWATCH_{name.upper()}": value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            for name in here.model_fields_set
+            for value in [getattr(here, name)]
+        }
+        prefect = {"PREFECT_API_URL": str(PREFECT_API_URL.value()), "PREFECT_HOME": str(tmp_path / "prefect")}
+        subprocess.run(
+            [sys.executable, "-m", "prefect.engine"],
+            env={**os.environ, **settings, **prefect, "PREFECT__FLOW_RUN_ID": str(run)},
+            check=False,
+        )
+        with get_client(sync_client=True) as client:
+            return str(client.read_flow_run(run).state.name)
+
+    assert work() == "Suspended"
+    [asked] = open_requests(here.store, MODEL)
+    answer(asked, "approve", "anna", "the misses are scratches")
+    assert work() == "Promoted"
+    with get_client(sync_client=True) as client:
+        body = {"flow_runs": {"id": {"any_": [str(run)]}}}
+        steps = client.request("POST", "/task_runs/filter", json=body).json()
+    ends = {
+        name: [step["state"]["name"] for step in steps if step["name"].startswith(name)] for name in ("export", "prove")
+    }
+    assert all(sorted(states) == ["Cached", "Completed"] for states in ends.values()), ends
+    entry = ledger.read_ledger(here.store, MODEL)[-1]
+    assert (entry.version, entry.why) == (
+        candidate.version,
+        "all gates held; approved by anna: the misses are scratches",
+    )
+    assert {gate["name"] for gate in entry.evidence["gates"]} >= {"approval", "accuracy"}
+
+
+# --- long after -------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_reproduced_by_the_registered_network_where_the_sealed_one_is_gone(here, first, tmp_path):
+    image = held_back(here)[0]
+    served = infer_front_door(here.triton, MODEL, image)
+    facts = (served.model_version, served.label, float(served.score), image, "", "", "s3://captures")
+    captured = Captured(MODEL, "request", datetime.now(UTC), *facts)
+    places = (here.store, here.serving_root, here.mlflow_tracking_uri, here.cpu_accelerator)
+    assert trace(captured, *places).equal
+    again = trace(captured, here.store, tmp_path, here.mlflow_tracking_uri, here.cpu_accelerator)
+    assert again.by.startswith("the registered PyTorch network") and again.label == served.label
+    assert again.difference < 1e-4 and again.entry.version == served.model_version
