@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from prefect import flow
 from prefect.client.orchestration import get_client
 from pydantic import SecretStr
@@ -17,11 +19,14 @@ from tasks.batch import content_of
 from tasks.claims import Subject, read_verdict
 from tasks.dataset import newest_version
 from tasks.followers import read_followers
+from tasks.ledger import read_ledger
 from tasks.lost import BATCH_SEALED, MODEL_REGISTERED, VERSION_CREATED
 from tasks.recipe import Augmentation, TrainConfig
-from tasks.registry import newest_registration
+from tasks.registry import champion_version, newest_registration
+from tasks.routing import Route, RoutingTable, replace_routing
 from tasks.start import StartRule
 from tasks.storage import Store, write_many
+from tasks.transaction import Place, intend
 
 AT_ONCE = SweepOptions(grace_minutes=0, quiet_minutes=0)
 QUICK = TrainConfig(
@@ -264,3 +269,26 @@ def test_followers_are_read_with_their_stage_and_what_they_are_at(here: Settings
     [found] = [each for each in read_followers(BATCH_SEALED) if each.name == "followed"]
     assert found.stage == "follow/followed-sealed"
     assert found.is_at({"prefix": "incoming/x/y/"}) and not found.is_at({"prefix": "incoming/x/z/"})
+
+
+def test_a_switch_whose_records_were_never_written_is_completed_once_it_is_old_enough(
+    here: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, name = MlflowClient(here.mlflow_tracking_uri), "half-switched"
+    client.create_registered_model(name)
+    run = client.create_run(client.create_experiment(name))
+    client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id)
+    rooted = here.model_copy(update={"serving_root": tmp_path})
+    monkeypatch.setattr("flows.sweep.settings", lambda: rooted)
+    place = Place(tmp_path, here.store, here.mlflow_tracking_uri, name)
+    intention = intend(place, "promoted", 1, "flow-run/dead", "all gates held", {"served_accuracy": 0.9})
+    replace_routing(tmp_path, RoutingTable(name, Route("net", 1), revision=intention.revision))
+    young = sweep(AT_ONCE.model_copy(update={"grace_minutes": 5}), return_state=True)
+    assert read_ledger(here.store, name) == [], "its promotion may still watch it"
+    assert young.name in ("NothingLost", "Repeated")
+    told = sweep(AT_ONCE, return_state=True)
+    assert "the ledger of half-switched did not know that v1 answers: promoted" in (told.message or "")
+    [entry] = read_ledger(here.store, name)
+    assert (entry.who, entry.why, entry.evidence["served_accuracy"]) == ("flow-run/dead", "all gates held", 0.9)
+    assert entry.evidence["completed_by"].startswith("flow-run/") and champion_version(place.tracking_uri, name) == 1
+    assert "half-switched" not in (sweep(AT_ONCE, return_state=True).message or "")
