@@ -26,7 +26,7 @@ from tasks.approval import Approval
 from tasks.engine_stage import engine_gates
 from tasks.events import emit
 from tasks.export import Export
-from tasks.gates import Decision, Gate, Limits, as_markdown, decide_promotion, table_of
+from tasks.gates import Decision, Gate, Limits, as_markdown, decide_promotion, list_of
 from tasks.routing import read_routing
 from tasks.storage import NETWORK_RETRY
 
@@ -239,7 +239,7 @@ def approved(here: Settings, candidate: "TrainedModel", decision: Decision, appr
     from tasks.approval import wait_for_answer
 
     request = ask_for_approval(here, candidate, approval)
-    page = f"# {candidate.name} v{candidate.version} holds every gate: may it take over?\n\n{table_of(decision)}\n"
+    page = f"# {candidate.name} v{candidate.version} holds every gate: may it take over?\n\n{list_of(decision)}\n"
     return hear(here, request, wait_for_answer(request, page))
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "as_markdown",
     "decide_promotion",
     "expected_cost",
+    "list_of",
     "probability_of_no_loss",
     "table_of",
     "trials_to_show",
@@ -60,10 +61,15 @@ def as_markdown(title: str, decision: Decision, figures: Mapping[str, float]) ->
 
 
 def table_of(decision: Decision) -> str:
-    """Every gate with its numbers as a Markdown table."""
-    lines = ["| gate | held | measured | demanded |", "| --- | --- | --- | --- |"]
-    lines += [f"| {g.name} | {'yes' if g.held else '**no**'} | {g.measured} | {g.demanded} |" for g in decision.gates]
+    """Every gate with its numbers as a Markdown table. The longest column last: the Prefect UI cuts a line, it breaks none."""
+    lines = ["| gate | held | demanded | measured |", "| --- | --- | --- | --- |"]
+    lines += [f"| {g.name} | {'yes' if g.held else '**no**'} | {g.demanded} | {g.measured} |" for g in decision.gates]
     return "\n".join(lines)
+
+
+def list_of(decision: Decision) -> str:
+    """The same as a list, for the narrow form of an approval."""
+    return "\n".join(f"- **{g.name}**: {g.measured} (demanded: {g.demanded})" for g in decision.gates)
 
 
 def trials_to_show(limit: float) -> int:
