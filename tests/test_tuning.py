@@ -1,5 +1,6 @@
 """The space of a search, its slots in the storage, and what is chosen among candidates: without a service."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,23 @@ def test_workers_share_the_slots_and_none_is_run_twice_or_beyond_the_budget(tmp_
         assert alone == together, "the seed of a slot decides, whoever takes it"
     if sampler == "grid":
         assert len({tuple(each.items()) for each in alone}) == 5
+
+
+def test_workers_that_reach_for_the_same_slots_at_once_never_get_one_twice(tmp_path: Path) -> None:
+    search = Search(space={"learning_rate": RATES["learning_rate"]}, trials=60, sampler="random")
+    address = f"sqlite:///{tmp_path}/search.db"
+    lay_out(open_study(open_storage(address), "raced", search), search, 0)
+
+    def worker(name: str) -> list[int]:
+        study = open_study(open_storage(address), "raced", search)
+        taken = []
+        while trial := take(study, name):
+            taken.append(trial.number)
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = [number for numbers in pool.map(worker, "abcd") for number in numbers]
+    assert sorted(taken) == list(range(60))
 
 
 def test_the_slot_of_a_dead_worker_waits_again_with_its_values_and_is_given_up_in_the_end(tmp_path: Path) -> None:
