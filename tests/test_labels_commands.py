@@ -176,9 +176,9 @@ def test_annotators_are_weighed_against_the_ranking_and_their_consensus_corrects
     ("arguments", "message"),
     [
         (("show", "nothing"), r"there is no dataset 'nothing'; there are: "),
-        (("show", "unseen"), r"the labels of unseen v1 have not been examined: prefect deployment run 'labels/unseen'"),
-        (("review", "unseen@x", "out"), r"'unseen@x' names no version: write NAME or NAME@VERSION"),
-        (("submit", "{folder}", "unseen"), r".*annotations.json does not exist: name the folder"),
+        (("show", "unexamined"), r"the labels of unexamined v1 have not been examined: prefect deployment run 'labels/unexamined'"),
+        (("review", "unexamined@x", "out"), r"'unexamined@x' names no version: write NAME or NAME@VERSION"),
+        (("submit", "{folder}", "unexamined"), r".*annotations.json does not exist: name the folder"),
         (("agreement", "{folder}/none.csv"), r".*none.csv does not exist: name a CSV file with"),
     ],
 )
@@ -186,8 +186,8 @@ def test_what_is_wrong_gets_one_sentence(
     here: Settings, ingested: Ingest, photograph: Callable[..., bytes], run: Callable[..., Result], tmp_path: Path,
     arguments: tuple[str, ...], message: str,
 ) -> None:  # fmt: skip
-    if not storage.exists(here.store, "datasets/unseen/versions/00000001.json"):
-        ingested(here.store, "unseen", "b1", {f"{n % 2}/{n}.jpg": photograph(n) for n in range(8)})
+    if not storage.exists(here.store, "datasets/unexamined/versions/00000001.json"):
+        ingested(here.store, "unexamined", "b1", {f"{n % 2}/{n}.jpg": photograph(n) for n in range(8)})
     result = run(*(each.format(folder=tmp_path) for each in arguments))
     assert (result.exit_code, result.stdout.strip()) == (1, "")
     assert re.match(rf"error .*{message}", result.stderr), result.stderr

@@ -30,7 +30,7 @@ from tasks.transaction import Place
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
-MODEL = "killed"
+MODEL = "switched_and_killed"
 # What flows/promote.py does once the gates held, in its order. Dies at the write of the given number, before or after it;
 # prints the writes when it is not reached.
 RUN = """
@@ -81,7 +81,7 @@ def place(store, mlflow_uri, triton):
     """The model is registered with as many versions as the walk can need."""
     client = MlflowClient(mlflow_uri)
     client.create_registered_model(MODEL)
-    run = client.create_run(client.create_experiment("killed"))
+    run = client.create_run(client.create_experiment("switched-and-killed"))
     for _ in range(30):
         client.create_model_version(MODEL, f"{run.info.artifact_uri}/model", run.info.run_id)
     return Place(triton.root, store, mlflow_uri, MODEL)
