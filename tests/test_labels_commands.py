@@ -176,7 +176,10 @@ def test_annotators_are_weighed_against_the_ranking_and_their_consensus_corrects
     ("arguments", "message"),
     [
         (("show", "nothing"), r"there is no dataset 'nothing'; there are: "),
-        (("show", "unexamined"), r"the labels of unexamined v1 have not been examined: prefect deployment run 'labels/unexamined'"),
+        (
+            ("show", "unexamined"),
+            r"the labels of unexamined v1 have not been examined: prefect deployment run 'labels/unexamined'",
+        ),
         (("review", "unexamined@x", "out"), r"'unexamined@x' names no version: write NAME or NAME@VERSION"),
         (("submit", "{folder}", "unexamined"), r".*annotations.json does not exist: name the folder"),
         (("agreement", "{folder}/none.csv"), r".*none.csv does not exist: name a CSV file with"),
