@@ -1,4 +1,4 @@
-"""What the recipes reach on real photographs: the mean over seeds and its interval, into docs/results.md (made by the first run).
+"""What the recipes reach on real photographs: the mean over seeds and its interval, into docs/results.md.
 
 `python -m benchmarks.results elpv-random` on a running stack (`tirewatch up`). Each seed is one `prefect deployment run` of a
 recipe of prefect.yaml, whose configuration was chosen on the validation split and is the same for every seed. The figures
