@@ -372,7 +372,8 @@ def test_a_person_who_says_no_leaves_everything_as_it_was(here, first, register)
     assert state.name == "Refused" and "approval: rejected by anna: the light was odd" in state.message
     assert read_routing(here.serving_root, MODEL) == before
     assert list((here.serving_root / "staging").iterdir()) == []
-    assert "| approval | **no** | rejected by anna: the light was odd |" in artifact(f"promotion-{MODEL}")
+    [row] = [line for line in artifact(f"promotion-{MODEL}").splitlines() if line.startswith("| approval | **no** |")]
+    assert row.endswith("| rejected by anna: the light was odd |")
 
 
 @pytest.mark.slow
