@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _STATE: Final = Path(".tirewatch")
 _Model = Annotated[str, typer.Argument(help="Public name of the model")]
+_Waiting = Annotated[int, typer.Argument(help="Version that waits for approval")]
 _Why = Annotated[str, typer.Option(help="Your reason; it stands in the ledger for ever", prompt=True)]
 _Who = Annotated[str, typer.Option(help="Your name, as the recipe knows it; without it, that of this account")]
 
@@ -157,7 +158,7 @@ def _champion(found: "Trace") -> str:
 
 def approve(
     model: _Model,
-    version: Annotated[int, typer.Argument(help="Version that waits for approval")],
+    version: _Waiting,
     why: _Why,
     who: _Who = "",
     state: State = _STATE,
@@ -168,7 +169,7 @@ def approve(
 
 def reject(
     model: _Model,
-    version: Annotated[int, typer.Argument(help="Version that waits for approval")],
+    version: _Waiting,
     why: _Why,
     who: _Who = "",
     state: State = _STATE,

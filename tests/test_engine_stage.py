@@ -64,7 +64,7 @@ def test_a_recipe_that_demands_no_engine_gets_the_network_as_it_is(tmp_path, sta
     assert engine_gates(staged, Export()) == ()
 
 
-@pytest.mark.skipif(not no_card(), reason="this machine can build plans")
+@pytest.mark.skipif(not no_card(), reason="about machines without a CUDA card; this one has one and can build plans")
 def test_a_rehearsal_without_a_card_is_marked_refused_by_the_gates_and_can_never_be_champion(tmp_path, staged):
     told = []
     made = stage_engine(tmp_path, staged, PLAN, told.append)
@@ -76,7 +76,7 @@ def test_a_rehearsal_without_a_card_is_marked_refused_by_the_gates_and_can_never
         require_no_rehearsal(sealed)
 
 
-@pytest.mark.skipif(not no_card(), reason="this machine can build plans")
+@pytest.mark.skipif(not no_card(), reason="about machines without a CUDA card; this one has one and can build plans")
 def test_where_the_engine_is_not_required_the_onnx_network_answers_and_the_gate_says_so(tmp_path, staged):
     how = PLAN.model_copy(update={"engine_required": False})
     made = stage_engine(tmp_path, staged, how)

@@ -80,7 +80,7 @@ def test_a_rehearsal_without_a_card_is_proven_and_does_not_take_the_alias(here):
     except NoEngine:
         pass
     else:
-        pytest.skip("this machine can build plans")
+        pytest.skip("about machines without a CUDA card; this one has one and can build plans")
     before = read_routing(here.serving_root, MODEL)
     state = promote(MODEL, 2, LIMITS, Export(engine="tensorrt"), return_state=True)
     assert state.name == "Refused" and "engine: a rehearsal without it: tensorrt cannot be loaded here" in state.message
