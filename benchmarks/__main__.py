@@ -20,7 +20,11 @@ run*; absolute figures belong to the machine named beside them.
 """
 
 
-ALONE = {"results"}  # takes hours, and photographs that are not shipped
+ALONE = {
+    "results",  # takes hours, and photographs that are not shipped
+    "load",  # parts of swap.py
+    "switching",
+}
 
 
 def names() -> list[str]:
