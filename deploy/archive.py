@@ -1,5 +1,7 @@
-"""`tirewatch version ...`: a version as one signed file, for a plant without network."""
+"""`tirewatch version ...`: a version as one signed file, for a plant without network, and its activation there."""
 
+import getpass
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +12,12 @@ import typer
 from deploy.dataset import State, say, settings_of
 
 if TYPE_CHECKING:
+    from flows.settings import Settings
     from tasks.version_transfer import Plant
 
-app: Final = typer.Typer(no_args_is_help=True, help="A version as one signed file: key, export, verify, import.")
+app: Final = typer.Typer(
+    no_args_is_help=True, help="A version as one signed file: key, export, verify, import, activate."
+)
 
 _STATE: Final = Path(".tirewatch")
 _Trusted = Annotated[
@@ -85,6 +90,38 @@ def import_file(
     say(f"{done.model} v{done.version} is published in {', '.join(done.networks)} and registered; {done.rung.measured}")
     if done.rehearsal:
         say(f"it is a rehearsal and cannot be champion: {done.rehearsal}")
+    else:
+        say(f"to let it answer here: tirewatch version activate {done.model} {done.version}")
+
+
+@app.command("activate")
+def activate(
+    model: Annotated[str, typer.Argument(help="Public name of the model")],
+    version: Annotated[int, typer.Argument(help="An imported version of it")],
+    why: Annotated[str, typer.Option(help="Your reason; it stands in the ledger for ever", prompt=True)],
+    state: State = _STATE,
+) -> None:
+    """Let an imported version take over here: compared on its golden photographs, switched to under a probe load."""
+    from tasks.activation import activate as activated
+
+    who = f"user/{getpass.getuser()}@{socket.gethostname()}"
+    with settings_of(state) as here:
+        try:
+            done = activated(_plant_of(here), here.triton, model, version, who, why, here.capture_share)
+        except RuntimeError as error:  # the server refused it, decided otherwise, or another switch came first
+            raise ValueError(f"{model} v{version} does not answer: {error}") from error
+    told = "; ".join(gate.measured for gate in done.swap.gates)
+    if done.swap.undone:
+        raise typer.Exit(_failed(f"{model} v{version} was taken back: {told}"))
+    say(
+        f"{model} v{version} answers instead of {f'v{done.swap.previous}' if done.swap.previous else 'nothing'}; {told}"
+    )
+    say(f"golden photographs on this machine: {done.rung.measured}")
+
+
+def _failed(why: str) -> int:
+    typer.secho(f"error {why}", err=True, fg="red")
+    return 1
 
 
 def _require_choice(trusted: Path | None, unsigned: bool) -> None:
@@ -96,10 +133,14 @@ def _require_choice(trusted: Path | None, unsigned: bool) -> None:
 
 @contextmanager
 def _plant(state: Path) -> "Iterator[Plant]":
+    with settings_of(state) as here:
+        yield _plant_of(here)
+
+
+def _plant_of(here: "Settings") -> "Plant":
     from tasks.version_transfer import Plant
 
-    with settings_of(state) as here:
-        yield Plant(here.serving_root, here.store, here.mlflow_tracking_uri, here.cpu_accelerator)
+    return Plant(here.serving_root, here.store, here.mlflow_tracking_uri, here.cpu_accelerator)
 
 
 @contextmanager
@@ -108,5 +149,4 @@ def _told() -> "Iterator[None]":
     try:
         yield
     except (ValueError, FileExistsError) as error:
-        typer.secho(f"error {error}", err=True, fg="red")
-        raise typer.Exit(1) from None
+        raise typer.Exit(_failed(str(error))) from None

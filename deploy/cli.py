@@ -18,6 +18,7 @@ from deploy.dataset import upload
 from deploy.labels import app as labels_app
 from deploy.ledger import approve, ledger, reject, trace, who_was
 from deploy.quarantine import app as quarantine_app
+from deploy.restore import restore
 from deploy.services import past_proxies
 from deploy.stack import Stack, StackError, read_stack
 
@@ -26,7 +27,7 @@ app.add_typer(dataset_app, name="dataset")
 app.add_typer(labels_app, name="labels")
 app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(version_app, name="version")
-for command in (upload, ledger, who_was, trace, approve, reject):
+for command in (upload, ledger, who_was, trace, approve, reject, restore):
     app.command()(command)
 console: Final = Console()
 

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,13 +14,15 @@ from tasks.gates import Gate
 from tasks.model_repository import (
     NETWORK_FILE,
     PLAN_FILE,
+    list_versions,
     network_name,
     publish_version,
     published_versions,
+    routed_versions,
     stage_version,
     version_directory,
 )
-from tasks.routing import Route, read_routing, replace_routing
+from tasks.routing import Route, RoutingTable, read_routing, replace_routing
 from tasks.sealed import SEAL, SealedVersion, read_sealed, seal
 from tasks.tensorrt_engine import EngineOptions, NoEngine, Tell, build_engine
 
@@ -116,6 +119,8 @@ def keep_answering(
 ) -> Choice | None:
     """Routes a model whose champion is a plan that this server cannot run to the ONNX network of the same version, loaded
     first; says what was chosen and why. None where the champion is no plan, or fits.
+
+    Judges by the passport, so `server` must be the one that serves; where a running server can be asked, `make_answer` is.
     """
     table = read_routing(root, model)
     if table is None:
@@ -127,12 +132,71 @@ def keep_answering(
     choice = choose(passport, read_sealed(directory).files[NETWORK_FILE], server, can_build=False)
     if choice.action == "engine":
         return None
+    _route_to_twins(root, address, table, {table.champion}, runtime)
+    return choice
+
+
+def make_answer(root: Path, address: "TritonAddress", model: str, runtime: "Runtime | None" = None) -> Choice | None:
+    """`keep_answering` by what the running server itself says: plans of the table that it refuses to load give way to the ONNX
+    networks of their versions. None where nothing has to change, or no server is up.
+
+    The version in force stays the same, so the ledger has nothing to say about it.
+    """
+    from tasks.serving import is_version_ready
+
+    table = read_routing(root, model)
+    if table is None:
+        return None
+    plans = [route for route in table.routes if is_plan(root, route)]
+    silent = [route for route in plans if not is_version_ready(address, route.network, route.version)]
+    if not silent or not is_version_ready(address, model):  # the front door is the last that a starting server loads
+        return None
+    refused = {route: why for route in silent if (why := why_not_loaded(address, route))}
+    if not refused:
+        return None
+    _route_to_twins(root, address, table, refused.keys(), runtime)
+    told = "; ".join(f"{route.network} version {route.version}: {why}" for route, why in refused.items())
+    return Choice("onnx", f"{told}: the ONNX network of the same version answers")
+
+
+def is_plan(root: Path, route: Route) -> bool:
+    """Whether the version is a TensorRT plan."""
+    return (version_directory(root, route.network, route.version) / PLAN_FILE).exists()
+
+
+def why_not_loaded(address: "TritonAddress", route: Route) -> str | None:
+    """Loads the version; why the server refuses it, None where it serves it."""
+    from tasks.serving import NotServed, load_model
+
+    try:
+        load_model(address, route.network, route.version)
+    except NotServed as refusal:
+        return str(refusal)
+    return None
+
+
+def _route_to_twins(
+    root: Path, address: "TritonAddress", table: RoutingTable, plans: Collection[Route], runtime: "Runtime | None"
+) -> None:
+    """The table with the ONNX networks of these plans in their places, in force once they are loaded."""
     from tasks.serving import load_model
 
-    twin = publish_twin(root, directory, runtime)
-    load_model(address, twin.network, twin.version)
-    replace_routing(root, replace(table, champion=Route(twin.network, twin.version), revision=table.revision + 1))
-    return choice
+    def answering(route: Route | None) -> Route | None:
+        if route is None or route not in plans:
+            return route
+        twin = publish_twin(root, version_directory(root, route.network, route.version), runtime)
+        return Route(twin.network, twin.version)
+
+    champion, previous, challenger = (answering(each) for each in (table.champion, table.previous, table.challenger))
+    assert champion is not None
+    after = replace(table, champion=champion, previous=previous, challenger=challenger, revision=table.revision + 1)
+    added = [route for route in after.routes if route not in table.routes]
+    for network in {route.network for route in added}:
+        versions = {route.version for route in after.routes if route.network == network}
+        list_versions(root, network, routed_versions(root, network) | versions)
+    for route in added:
+        load_model(address, route.network, route.version)
+    replace_routing(root, after)
 
 
 def publish_twin(root: Path, planned: Path, runtime: "Runtime | None" = None) -> SealedVersion:

@@ -237,10 +237,15 @@ def front_doors(root: Path) -> list[str]:
 
 def copy_version(source: Path, root: Path, runtime: Runtime | None = None) -> SealedVersion:
     """Stage and publish a copy of a sealed directory in another serving root."""
+    return publish_version(root, restage(root, source), runtime)
+
+
+def restage(root: Path, source: Path) -> Path:
+    """A copy of a sealed directory under `staging/` of this root; `publish_version` takes it and leaves the source."""
     sealed = read_sealed(source)
     served = served_file(source)
     beside = {name: source / name for name in sealed.files if name != served.name}
-    return publish_version(root, stage_version(root, served, replace(sealed, files={}), beside), runtime)
+    return stage_version(root, served, replace(sealed, files={}), beside)
 
 
 def served_file(directory: Path) -> Path:

@@ -33,6 +33,7 @@ EVALUATION, PROMOTION = "evaluation.json", "promotion.json"
 REFERENCE, STATISTICS = "reference/outputs.npz", "reference/statistics.parquet"
 FLOW_RUN_TAG: Final = "prefect.flow_run_id"
 CANDIDATE_TAG, CHOSEN_TAG = "candidate_of", "chosen"  # of a version that is one of several, and of the one put forward
+IMPORTED_TAG: Final = "imported_from_run"  # of a version that was proven elsewhere (tasks/version_transfer.py)
 
 
 @dataclass(frozen=True)
@@ -192,9 +193,12 @@ class Registration:
 
 
 def newest_registration(tracking_uri: str, name: str) -> Registration | None:
-    """The highest registered version; None when the model has none. Candidates that were not chosen do not count."""
+    """The highest registered version; None when the model has none. Candidates that were not chosen do not count, nor do
+    versions that were proven elsewhere: nobody trained them here, and what they were proven with is not here either.
+    """
     every = client_of(tracking_uri).search_model_versions(f"name = '{name}'")
-    found = [each for each in every if CANDIDATE_TAG not in each.tags or CHOSEN_TAG in each.tags]
+    ours = [each for each in every if IMPORTED_TAG not in each.tags]
+    found = [each for each in ours if CANDIDATE_TAG not in each.tags or CHOSEN_TAG in each.tags]
     if not found:
         return None
     newest = max(found, key=lambda each: int(each.version))

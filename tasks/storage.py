@@ -37,6 +37,7 @@ Object = TypeVar("Object", bound=Readable)
 
 CONCURRENCY: Final = 16
 IN_FLIGHT_BYTES: Final = 256 * 2**20  # what `read_many` may hold at once, whatever the size of the objects
+_PART: Final = 16 * 2**20  # of a file that is fetched
 _BURST: Final = 256  # objects that are read together, ...
 _RUN: Final = 8  # ... and of these the most that one thread works on at a stretch
 
@@ -93,6 +94,14 @@ def is_network_fault(_task: Any, _run: Any, state: Any) -> bool:
     """Retry condition of a task: bad data and wrong arguments fail at once, everything else may pass the next time."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, Exception) and not isinstance(error, _HOPELESS)
+
+
+def store_faults() -> tuple[type[BaseException], ...]:
+    """What a store that is away, or refuses, makes functions of this module raise."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from obstore.exceptions import BaseError
+
+    return (BaseError, BotoCoreError, ClientError, OSError)
 
 
 # For every task that touches the network: `@task(**NETWORK_RETRY)`.
@@ -253,6 +262,31 @@ def write_many(store: Store, entries: Iterable[tuple[str, bytes | Path]], concur
 
     with ThreadPoolExecutor(concurrency, thread_name_prefix="s3") as pool:
         return sum(1 for _ in pool.map(put, entries))
+
+
+def write_file(store: Store, key: str, path: Path) -> None:
+    """Create or replace the object with the file's bytes. A large file goes part by part, a few parts of 5 MiB at a time; the
+    object appears when the last one is there.
+    """
+    obstore.put(_client(store), key, path, max_concurrency=4)
+
+
+def read_into(store: Store, key: str, path: Path) -> None:
+    """The object's bytes as a file that survives a power cut, fetched part by part: each part is retried by itself, and no
+    slow network runs into the time limit of one long request. Raises FileNotFoundError.
+
+    For objects that are never replaced: the parts are not of one request.
+    """
+    client = _client(store)
+    try:
+        size = obstore.head(client, key)["size"]
+    except FileNotFoundError:  # what obstore makes of a 404
+        raise FileNotFoundError(f"{store.uri(key)} does not exist") from None
+    with path.open("wb") as file:
+        for start in range(0, size, _PART):
+            file.write(obstore.get_range(client, key, start=start, end=min(start + _PART, size)))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def copy(store: Store, source: str, target: str) -> None:

@@ -7,7 +7,7 @@ ledger.json, registration.json   when it was champion and why; parameters, metri
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +15,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.archive import Archive, InvalidArchive, open_archive, write_archive
 from tasks.inference import Accelerator
 from tasks.model_repository import Runtime, publish_version, published_versions, repository, version_directory
 from tasks.parity import ROUNDING, Rung, Step, climb
-from tasks.sealed import SealedVersion, read_sealed
+from tasks.registry import IMPORTED_TAG
+from tasks.sealed import SealedVersion, file_digest, read_sealed
 from tasks.storage import Store
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 GOLDEN: Final = 32  # photographs that travel with a version
 POOL: Final = 256  # validation photographs among which they are looked for
-IMPORTED_TAG: Final = "imported_from_run"
+ARCHIVE_TAG, SIGNER_TAG = "imported_archive", "imported_signed_by"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def sealed_directories(root: Path, model: str, version: int) -> list[Path]:
 
 def import_version(plant: Plant, file: Path, trusted: "Ed25519PublicKey | None") -> Imported:
     """Checks every byte, decides about the golden photographs here as there, then publishes the version beside the others and
-    registers it under its own number. Nothing routes to it yet. Running it again is harmless.
+    registers it under its own number, with the archive's digest and signer. Nothing routes to it yet (`tasks/activation.py`
+    does). Running it again is harmless.
 
     Raises InvalidArchive naming what was changed or decides otherwise here, and FileExistsError when the number holds another
     version.
@@ -110,7 +113,7 @@ def import_version(plant: Plant, file: Path, trusted: "Ed25519PublicKey | None")
         directories = sorted(path for path in (work / "sealed").iterdir())
         versions = [_sealed(archive, directory, model, version) for directory in directories]
         rung = _decides_alike(plant, archive, directories[0], work)
-        with _registered_here(plant.tracking_uri, model, version, work):
+        with _registered_here(plant.tracking_uri, archive, model, version, work):
             for directory in directories:
                 publish_version(plant.root, directory, Runtime(accelerator=plant.accelerator))
     networks = tuple(each.network for each in versions)
@@ -149,19 +152,28 @@ def _golden(plant: Plant, directory: Path, sealed: SealedVersion, work: Path) ->
 
 
 def _decides_alike(plant: Plant, archive: Archive, directory: Path, work: Path) -> Rung:
-    """The golden photographs through the network on this machine. InvalidArchive when a decision is another one here."""
+    """The golden photographs of an archive through its network on this machine."""
+    encoded = [path.read_bytes() for path in sorted((work / "golden").iterdir())]
+    there = np.array(json.loads((work / "golden.json").read_text())["probabilities"])
+    return answers_alike(plant, str(archive.path), directory, encoded, there)[1]
+
+
+def answers_alike(
+    plant: Plant, what: str, directory: Path, encoded: Sequence[bytes], there: NDArray[Any]
+) -> tuple[NDArray[np.float32], Rung]:
+    """What the sealed network answers on this machine, and how that compares with its answers there. InvalidArchive, about
+    `what`, when a decision is another one here.
+    """
     from tasks.proof import artifact_run, run_all
 
     sealed = read_sealed(directory)
-    encoded = [path.read_bytes() for path in sorted((work / "golden").iterdir())]
-    there = np.array(json.loads((work / "golden.json").read_text())["probabilities"])
     (here,) = run_all([artifact_run(directory, plant.accelerator)], encoded, sealed.image_size, sealed.preprocessing)
     # Another processor and runtime: INT8 may round otherwise there, and only its decisions must not.
     limit = ROUNDING if sealed.precision == "float32" else None
     (rung,) = climb([Step("there", there), Step("here", here, limit)], sealed.rule)
     if not rung.held:
-        raise InvalidArchive(f"{archive.path}: on this machine {rung.measured}; demanded {rung.demanded}")
-    return rung
+        raise InvalidArchive(f"{what}: on this machine {rung.measured}; demanded {rung.demanded}")
+    return here, rung
 
 
 def _ledger(store: Store, model: str, version: int) -> list[dict[str, Any]]:
@@ -171,7 +183,9 @@ def _ledger(store: Store, model: str, version: int) -> list[dict[str, Any]]:
 
 
 def _download(tracking_uri: str, model: str, version: int, folder: Path) -> dict[str, Any]:
-    """Every artifact of the version's run but its TensorBoard log, which repeats the series; returns what MLflow says of it."""
+    """Every artifact of the version's run but its TensorBoard log, which repeats the series, and the golden photographs with
+    which it was imported; returns what MLflow says of it.
+    """
     from tasks.registry import client_of
 
     client = client_of(tracking_uri)
@@ -180,7 +194,7 @@ def _download(tracking_uri: str, model: str, version: int, folder: Path) -> dict
     run = client.get_run(run_id)
     _made(folder)
     for artifact in client.list_artifacts(run_id):
-        if artifact.path != "tensorboard":
+        if artifact.path not in ("tensorboard", "golden"):
             client.download_artifacts(run_id, artifact.path, str(folder))
     return {
         "run_id": run_id,
@@ -193,7 +207,7 @@ def _download(tracking_uri: str, model: str, version: int, folder: Path) -> dict
 
 
 @contextmanager
-def _registered_here(tracking_uri: str, model: str, version: int, work: Path) -> Iterator[None]:
+def _registered_here(tracking_uri: str, archive: Archive, model: str, version: int, work: Path) -> Iterator[None]:
     """The version in MLflow under its own number, after the block has published it: what is registered is complete.
 
     Raises FileExistsError when that number belongs to another version here, or has gone by.
@@ -210,12 +224,18 @@ def _registered_here(tracking_uri: str, model: str, version: int, work: Path) ->
         )
     yield
     if known is None:
-        _register(client, model, version, told, work / "run")
+        came = {IMPORTED_TAG: told["run_id"], ARCHIVE_TAG: f"sha256:{file_digest(archive.path)}"}
+        if archive.signed_by:
+            came[SIGNER_TAG] = archive.signed_by
+        _register(client, model, version, told, came, work)
 
 
-def _register(client: "MlflowClient", model: str, version: int, told: Mapping[str, Any], artifacts: Path) -> None:
-    """A run with what the archive says, and the version. MLflow counts by itself: the numbers before it, which belong to the
-    plant that trained them, are taken and given up until it has come to ours.
+def _register(
+    client: "MlflowClient", model: str, version: int, told: Mapping[str, Any], came: Mapping[str, str], work: Path
+) -> None:
+    """A run with what the archive says and its golden photographs, and the version. MLflow counts by itself: the numbers before
+    it, which belong to the plant that trained them, are taken and given up until it has come to ours. came: tags that say
+    where it came from.
     """
     from mlflow.entities import Param, RunTag
     from mlflow.exceptions import MlflowException
@@ -223,7 +243,7 @@ def _register(client: "MlflowClient", model: str, version: int, told: Mapping[st
     from tasks.registry import log_metrics
     from tasks.tracking import experiment_of
 
-    tags = {**told["run_tags"], IMPORTED_TAG: told["run_id"]}
+    tags = {**told["run_tags"], **came}
     run = client.create_run(experiment_of(client, model), run_name=f"{told['run_name']} (imported)")
     client.log_batch(
         run.info.run_id,
@@ -231,7 +251,9 @@ def _register(client: "MlflowClient", model: str, version: int, told: Mapping[st
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
     log_metrics(client, run.info.run_id, told["metrics"])
-    client.log_artifacts(run.info.run_id, str(artifacts))
+    client.log_artifacts(run.info.run_id, str(work / "run"))
+    client.log_artifacts(run.info.run_id, str(work / "golden"), "golden")
+    client.log_artifact(run.info.run_id, str(work / "golden.json"), "golden")
     client.set_terminated(run.info.run_id, "FINISHED")
     try:
         client.create_registered_model(model, description=f"Trained on the dataset {model}")
@@ -243,7 +265,7 @@ def _register(client: "MlflowClient", model: str, version: int, told: Mapping[st
             model,
             source=f"{run.info.artifact_uri}/model",
             run_id=run.info.run_id,
-            tags={**told["tags"], IMPORTED_TAG: told["run_id"]},
+            tags={**told["tags"], **came},
         )
         if int(made.version) == version:
             return
