@@ -1,7 +1,9 @@
 """The ledger on a real S3: nothing is overwritten, nothing is missing, nobody is lost."""
 
+import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -69,6 +71,16 @@ def test_a_missing_entry_is_an_error_and_not_silence(store, model, missing):
         read_ledger(store, model)
     with pytest.raises(ValueError, match="has a gap"):
         enter(store, model, 4)
+
+
+def test_an_entry_that_was_read_before_and_then_changed_is_read_as_it_lies_there_now(store, model):
+    enter(store, model, 1)
+    [entry] = read_ledger(store, model)
+    changed = replace(entry, who="somebody else")
+    storage.write(store, key_of(model, 1), json.dumps(asdict(changed)).encode())
+    assert read_ledger(store, model) == [changed]
+    storage.delete(store, [key_of(model, 1)])
+    assert read_ledger(store, model) == []
 
 
 def test_writers_at_the_same_time_lose_nothing_and_overwrite_nothing(store, model):
