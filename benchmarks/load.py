@@ -31,10 +31,10 @@ STEP: Final = 0.5
 PROTOCOLS: Final = ("grpc", "http")
 # One request: moments in monotonic seconds, the place of its image and protocol, who answered with which score; error: place
 # in `Asked.errors`, -1 for an answer.
-ROW: Final = np.dtype(
-    [("planned", "f8"), ("sent", "f8"), ("answered", "f8"), ("protocol", "i1"), ("image", "i4"), ("version", "i8")]
-    + [("score", "f4"), ("error", "i4")]
-)
+ROW: Final = np.dtype([
+    ("planned", "f8"), ("sent", "f8"), ("answered", "f8"),
+    ("protocol", "i1"), ("image", "i4"), ("version", "i8"), ("score", "f4"), ("error", "i4"),
+])  # fmt: skip
 
 
 @dataclass(frozen=True)

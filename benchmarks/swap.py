@@ -19,7 +19,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -33,12 +32,14 @@ from rich.table import Table
 from benchmarks.load import Asked, Load
 from benchmarks.switching import SIZE, STEPS, Bench, Switch, stack, switch
 from tasks.ledger import breaks, read_ledger
+from tasks.model_repository import network_name
 from tasks.registry import champion_version
 from tasks.routing import read_routing
 from tasks.transaction import Place
 
 AFTERWARDS: Final = 0.5  # seconds that still belong to the window of a switch
 REST: Final = 1.5  # seconds without a switch after each window of the open loop
+LOADED: Final = 3  # versions on the server after a promotion: champion, previous, and the one that is leaving the table
 WARM: Final = 20  # switches before the server's memory must have stopped growing
 SAME: Final = 1e-3  # scores of one version in batches of different sizes differ by 1e-6
 MOST_RATIO: Final = 1.5
@@ -65,12 +66,12 @@ def measure(bench: Bench, swaps: int, watched: int, seconds: float, folder: Path
     """Capacity, then the switches under the closed loop, then those under the open one; every figure."""
     model = bench.place.model
     capacity = answered_per_second(bench, seconds, folder / "capacity")
-    pushed, quiet = [], []
+    pushed, quiet, samples = [], [], []
     with Load(bench.address, model, bench.images, folder / "closed") as closed:
         for number in range(1, swaps + 1):
             done = switch(bench, number)
-            time.sleep(AFTERWARDS)  # the version that was unloaded has ended by then
-            pushed.append(replace(done, bytes=memory(bench.server)))
+            pushed.append(done)
+            samples.append(memory(bench))
     with Load(bench.address, model, bench.images, folder / "open", rate=capacity / 2) as opened:
         time.sleep(seconds)
         for number in range(swaps + 1, swaps + watched + 1):
@@ -80,7 +81,7 @@ def measure(bench: Bench, swaps: int, watched: int, seconds: float, folder: Path
     return {
         **counted({"closed": closed.asked, "open": opened.asked}, every, bench.scores),
         **latencies(opened.asked, quiet),
-        **growth([each.bytes for each in pushed]),
+        **growth(samples),
         **written_down(bench.place, every),
         "capacity_per_second": round(capacity, 1),
         "parts_s": parts_of(every),
@@ -101,16 +102,24 @@ def answered_per_second(bench: Bench, seconds: float, folder: Path) -> float:
     return float(len(rows) / (rows["answered"].max() - rows["sent"].min()))
 
 
-def memory(server: int) -> int:
-    """Bytes of the server and its model processes; what several of them map counts once (PSS)."""
-    launcher = psutil.Process(server)
-    found = 0
-    for process in (launcher, *launcher.children(recursive=True)):
-        try:
-            found += process.memory_full_info().pss
-        except psutil.NoSuchProcess:  # a version that was unloaded just now
-            continue
-    return found
+def memory(bench: Bench, within: float = 5.0) -> int | None:
+    """Bytes of the server and its model processes, what several of them map counted once (PSS), as soon as the version that
+    was unloaded is gone; None where another number of versions is loaded than usual, as after a rollback.
+    """
+    launcher, network = psutil.Process(bench.server), network_name(bench.place.model, SIZE)
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        found = versions = 0
+        for process in (launcher, *launcher.children(recursive=True)):
+            try:
+                versions += any(part.startswith(f"{network}_") for part in process.cmdline())
+                found += process.memory_full_info().pss
+            except psutil.NoSuchProcess:
+                versions += LOADED  # it went while it was looked at: look again
+        if versions == LOADED:
+            return found
+        time.sleep(0.2)
+    return None
 
 
 def counted(loads: Mapping[str, Asked], switches: Sequence[Switch], scores: NDArray[np.float32]) -> dict[str, Any]:
@@ -164,14 +173,15 @@ def latencies(asked: Asked, switches: Sequence[Switch]) -> dict[str, Any]:
     }
 
 
-def growth(samples: Sequence[int]) -> dict[str, Any]:
-    """Memory after the last switches over that after the first ones that are not warm-up: medians of up to eight samples,
-    because one version more or less is loaded in turn.
-    """
-    settled = samples[min(WARM, len(samples) // 2) :]
-    few = min(8, max(1, len(settled) // 2))
+def growth(samples: Sequence[int | None]) -> dict[str, Any]:
+    """Memory after the last switches over that after the first ones that are not warm-up: medians of up to eight samples."""
+    settled = [each for each in samples[min(WARM, len(samples) // 2) :] if each is not None]
+    if len(settled) < 2:
+        raise ValueError(f"{len(settled)} samples of the server's memory after the warm-up: switch more often")
+    few = min(8, len(settled) // 2)
     first, last = statistics.median(settled[:few]), statistics.median(settled[-few:])
     return {
+        "memory_samples": len(settled),
         "memory_first_mb": round(first / 2**20, 1),
         "memory_last_mb": round(last / 2**20, 1),
         "memory_growth": round(last / first - 1, 4),

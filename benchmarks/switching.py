@@ -57,7 +57,7 @@ class Bench:
 @dataclass(frozen=True)
 class Switch:
     """Monotonic seconds: began and ended bound all the work; at no other moment than between switching and switched could
-    either version answer. parts: seconds by step; bytes: of the server's memory afterwards.
+    either version answer. parts: seconds by step.
     """
 
     old: int
@@ -67,7 +67,6 @@ class Switch:
     switched: float
     ended: float
     parts: Mapping[str, float]
-    bytes: int = 0
 
 
 @contextmanager
