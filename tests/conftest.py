@@ -24,6 +24,7 @@ from tasks.storage import Store
 
 if TYPE_CHECKING:
     from flows.ingest import Ingested, IngestOptions
+    from flows.settings import Settings
     from tasks.decision import DecisionRule
     from tasks.model import ImageNetwork
     from tasks.sealed import SealedVersion
@@ -313,6 +314,28 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     serving = start_triton(tmp_path_factory.mktemp("triton"))
     yield serving
     serving.running.stop()
+
+
+@pytest.fixture(scope="session")
+def stack_settings(store: Store, mlflow_uri: str, prefect_server: None, triton: Serving) -> "Settings":
+    """What a flow of the stack that these fixtures are would read from its environment; nothing is captured."""
+    from pydantic import SecretStr
+
+    from flows.settings import Settings
+
+    return Settings(
+        s3_bucket=store.bucket,
+        s3_endpoint_url=store.endpoint_url,
+        s3_access_key_id=store.access_key_id,
+        s3_secret_access_key=SecretStr(SECRET),
+        mlflow_tracking_uri=mlflow_uri,
+        serving_root=triton.root,
+        triton_http=triton.address.http,
+        triton_grpc=triton.address.grpc,
+        triton_admin_key=SecretStr(triton.address.admin_key or ""),
+        triton_python=TRITON_PYTHON,
+        capture_share=0.0,
+    )
 
 
 @pytest.fixture(scope="session")
