@@ -53,10 +53,11 @@ def who_was(
 ) -> None:
     """Which version answered at a moment, from when to when, and why it was allowed to."""
     from tasks.ledger import champion_at, read_ledger
+    from tasks.rollout import beside
 
     with settings_of(state) as here:
         moment = _moment(at)
-        entries = read_ledger(here.store, model)
+        entries, others = read_ledger(here.store, model), beside(here.store, model, moment)
         entry = champion_at(entries, moment)
         if entry is None:
             first = (
@@ -65,9 +66,11 @@ def who_was(
             raise LookupError(f"{model} had no champion at {moment:%Y-%m-%d %H:%M:%S} UTC: {first}")
     until = next((each.at for each in entries if each.number == entry.number + 1), None)
     if as_json:
-        typer.echo(json.dumps({**asdict(entry), "until": until}, indent=1))
+        typer.echo(json.dumps({**asdict(entry), "until": until, "beside": others}, indent=1))
         return
     say(f"{model} v{entry.version}, from {entry.at[:19]} to {until[:19] if until else 'now'} (UTC)")
+    for version, step in others.items():
+        say(f"beside it v{version} answered {step} (progressive delivery)")
     say(f"{entry.action} by {entry.who}: {entry.why}")
     _say_evidence(entry)
 

@@ -21,8 +21,10 @@ from prefect.context import TaskRunContext
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.delivery import check_delivery, deliver
 from flows.settings import Settings, settings
 from tasks.approval import Approval
+from tasks.delivery import Delivery
 from tasks.engine_stage import engine_gates
 from tasks.events import emit
 from tasks.export import Export
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from tasks.claims import Subject
     from tasks.proof import Proof
     from tasks.registry import ModelCard, TrainedModel
-    from tasks.sealed import SealedVersion
     from tasks.swap import Swap
     from tasks.transaction import Intention, Place
 
@@ -51,6 +52,7 @@ def promote(
     limits: Limits = Limits(),
     artifact: Export = Export(),
     approval: Approval | None = None,
+    delivery: Delivery | None = None,
     occasion: str | None = None,
 ) -> State[Any]:
     """Prove a registered version on the served engine and switch to it; or refuse it, with every reason.
@@ -61,9 +63,11 @@ def promote(
         limits: What the candidate must prove.
         artifact: In which form it is served: precision, what its ranges are measured on, and an engine it must come with.
         approval: Whether a person must agree before the switch, and who may. Empty: the gates alone decide.
+        delivery: The steps in which it enters production: shadow, then canaries. Empty: it is switched to at once.
         occasion: The event that started this run. Empty by hand: then the version is proven whatever was decided before.
     """
     here = settings()
+    check_delivery(here, delivery)
     candidate, card = kept(find_candidate, approval)(here, model, version)
     if occasion and (why := reason_to_wait(here, candidate)):
         return Completed(name="Unchanged", message=why)
@@ -78,6 +82,9 @@ def promote(
     kept(record, approval)(here, candidate, decision, proof.figures)
     if approval and decision.promote:
         decision = Decision((*decision.gates, approved(here, candidate, decision, approval)))
+        record(here, candidate, decision, proof.figures)
+    if delivery and decision.promote and table:
+        decision = Decision((*decision.gates, *deliver(here, staged, proof, delivery, limits)))
         record(here, candidate, decision, proof.figures)
     if not decision.promote:
         discard(staged)
@@ -150,7 +157,7 @@ def export(here: Settings, candidate: "TrainedModel", card: "ModelCard", artifac
 
     from tasks.dataset import open_version
     from tasks.engine_stage import stage_engine
-    from tasks.export import export_network, require_runnable
+    from tasks.export import export_network, require_runnable, sealed_version
     from tasks.model_repository import stage_version
     from tasks.quantize import Calibration, calibration_of
     from tasks.registry import load_network
@@ -166,32 +173,6 @@ def export(here: Settings, candidate: "TrainedModel", card: "ModelCard", artifac
         sealed = sealed_version(candidate, card, artifact.precision, exported.passport)
         staged = stage_version(here.serving_root, exported.file, sealed, exported.beside)
     return stage_engine(here.serving_root, staged, artifact, log.info)
-
-
-def sealed_version(
-    candidate: "TrainedModel", card: "ModelCard", precision: str, passport: Mapping[str, str]
-) -> "SealedVersion":
-    """What the sealed directory will say about itself."""
-    from importlib.metadata import version as installed
-
-    from tasks.model_repository import network_name
-    from tasks.sealed import SealedVersion
-
-    return SealedVersion(
-        model=candidate.name,
-        version=candidate.version,
-        network=network_name(candidate.name, card.image_size),
-        rule=card.rule,
-        preprocessing=card.preprocessing,
-        image_size=card.image_size,
-        dataset=card.dataset,
-        dataset_version=card.dataset_version,
-        dataset_digest=card.dataset_digest,
-        run_id=candidate.run_id,
-        commit=card.commit,
-        precision=precision,
-        passport={name: installed(name) for name in ("torch", "onnx", "onnxruntime", "openvino")} | dict(passport),
-    )
 
 
 @task(cache_policy=NO_CACHE)

@@ -36,6 +36,8 @@ class CaptureRecord:
     captured_at: Unix seconds. image: the encoded bytes as they came; where the client sent pixels, uint8 [H, W, 3]
     until written, and a PNG of them when read. probabilities: float32 [C]. embedding: float32 [D].
     dropped: how many samples this server process had dropped before this one, so that a reader sees the gaps.
+    milliseconds: from the server's taking the request up to its answer; 0 in records of before it was kept.
+    error: why this version, a challenger, had no answer, so that the champion gave one; label, score and arrays are empty then.
     """
 
     request_id: str
@@ -50,6 +52,8 @@ class CaptureRecord:
     tire_id: str = ""
     line: str = ""
     dropped: int = 0
+    milliseconds: float = 0.0
+    error: str = ""
 
 
 def write_record(directory: Path, record: CaptureRecord, number: int = 0) -> Path:
@@ -121,9 +125,9 @@ class Spool:
             self._thread = threading.Thread(target=self._drain, name="capture", daemon=True)
             self._thread.start()
 
-    def wants_one(self) -> bool:
-        """Whether the next request is to be sampled."""
-        return self.share > 0 and random.random() < self.share
+    def wants_one(self, always: bool = False) -> bool:
+        """Whether the next request is to be sampled; `always` takes each, unless nothing is captured at all."""
+        return self.share > 0 and (always or random.random() < self.share)
 
     def offer(self, record: CaptureRecord) -> bool:
         """Hand over a record without waiting; False when it was dropped because the disk is slower than the traffic."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tasks.claims import Subject, claim, claimant, release
 from tasks.recipe import NOT_IDENTITY, TrainConfig
-from tasks.storage import Store, list_objects, read, write
+from tasks.storage import Store, list_objects, read, store_faults, write
 
 if TYPE_CHECKING:
     from tasks.dataset import DatasetVersion
@@ -126,12 +126,9 @@ def keeping(work: Undertaking, run_id: str) -> Callable[[dict[str, Any]], None] 
         return None
 
     def keep(state: dict[str, Any]) -> None:
-        from botocore.exceptions import BotoCoreError, ClientError
-        from obstore.exceptions import BaseError
-
         try:
             save(work, state, run_id)
-        except (BaseError, BotoCoreError, ClientError, OSError) as error:
+        except store_faults() as error:
             log.warning("no checkpoint after %d epochs, the one before stays: %s", len(state["epochs"]), error)
 
     return keep

@@ -1,6 +1,6 @@
 """How a trained network becomes the file that is served: its precision, what is measured for it, and what it was made from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from tasks.inference import Accelerator
     from tasks.model import ImageNetwork
     from tasks.quantize import Calibration
+    from tasks.registry import ModelCard, TrainedModel
+    from tasks.sealed import SealedVersion
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 Engine = Literal["onnx", "tensorrt", "tensorrt_rtx"]
@@ -98,3 +100,29 @@ def export_network(
     else:
         to_half(full, reduced, how.precision)
     return Exported(reduced, full, passport)
+
+
+def sealed_version(
+    candidate: "TrainedModel", card: "ModelCard", precision: str, passport: Mapping[str, str]
+) -> "SealedVersion":
+    """What the sealed directory will say about itself."""
+    from importlib.metadata import version as installed
+
+    from tasks.model_repository import network_name
+    from tasks.sealed import SealedVersion
+
+    return SealedVersion(
+        model=candidate.name,
+        version=candidate.version,
+        network=network_name(candidate.name, card.image_size),
+        rule=card.rule,
+        preprocessing=card.preprocessing,
+        image_size=card.image_size,
+        dataset=card.dataset,
+        dataset_version=card.dataset_version,
+        dataset_digest=card.dataset_digest,
+        run_id=candidate.run_id,
+        commit=card.commit,
+        precision=precision,
+        passport={name: installed(name) for name in ("torch", "onnx", "onnxruntime", "openvino")} | dict(passport),
+    )

@@ -52,6 +52,8 @@ SCHEMA: Final = pa.schema(
         pa.field("tire_id", pa.string(), nullable=False),
         pa.field("line", pa.string(), nullable=False),
         pa.field("dropped", pa.int64(), nullable=False),
+        pa.field("milliseconds", pa.float64(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
     ]
 )
 
@@ -161,7 +163,7 @@ def read_window(store: Store, model: str, version: int, last: int, since: dateti
     One bundle is in memory at a time; of each photograph only its statistics and a tile stay.
     """
     kept: dict[tuple[str, float], dict[str, Any]] = {}
-    for bundle in _newest_first(store, model, version, since):
+    for bundle in bundles(store, model, version, since):
         times = sorted((time for _, time in kept), reverse=True)
         if len(times) >= last and bundle.last / 1000 + 0.001 < times[last - 1]:
             break
@@ -178,7 +180,7 @@ def read_window(store: Store, model: str, version: int, last: int, since: dateti
     )
 
 
-def _newest_first(store: Store, model: str, version: int, since: datetime) -> Iterator[Bundle]:
+def bundles(store: Store, model: str, version: int, since: datetime) -> Iterator[Bundle]:
     """Bundles of the version, by their last record; listed day by day, so that old days are not listed at all."""
     oldest = since.astimezone(UTC).date() - timedelta(days=1)  # a bundle lies under the day of its first record
     day = datetime.now(UTC).date() + timedelta(days=1)  # a server's clock may be ahead
@@ -186,6 +188,15 @@ def _newest_first(store: Store, model: str, version: int, since: datetime) -> It
         listed = [_bundle(found.key) for found in list_objects(store, f"captures/{model}/{day.isoformat()}")]
         yield from sorted((each for each in listed if each.version == version), key=lambda each: -each.last)
         day -= timedelta(days=1)
+
+
+def rows_of(data: bytes) -> pa.Table:
+    """The rows of a bundle; what bundles of former releases did not hold has its value of then: no duration, no error."""
+    table = pq.read_table(io.BytesIO(data))
+    for name, value in (("milliseconds", 0.0), ("error", "")):
+        if name not in table.column_names:
+            table = table.append_column(SCHEMA.field(name), pa.array([value] * len(table), SCHEMA.field(name).type))
+    return table.select([name for name in SCHEMA.names if name != "version"])
 
 
 def _bundle(key: str) -> Bundle:
@@ -197,11 +208,11 @@ def _newest_rows(
     data: bytes, last: int, since: float, known: dict[tuple[str, float], dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The bundle's rows that may be among the newest `last`, looked at; those already known are left out."""
-    table = pq.read_table(io.BytesIO(data), columns=[name for name in SCHEMA.names if name != "version"])
+    table = rows_of(data)
     fresh = {
         (row["request_id"], row["captured_at"]): position
-        for position, row in enumerate(table.select(["request_id", "captured_at"]).to_pylist())
-        if row["captured_at"] >= since and (row["request_id"], row["captured_at"]) not in known
+        for position, row in enumerate(table.select(["request_id", "captured_at", "error"]).to_pylist())
+        if row["captured_at"] >= since and not row["error"] and (row["request_id"], row["captured_at"]) not in known
     }
     newest = sorted(fresh, key=lambda identity: identity[1])[-last:]
     rows = table.take(pa.array([fresh[identity] for identity in newest], pa.int64())).to_pylist()

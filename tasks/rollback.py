@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tasks.ledger import Entry
-from tasks.routing import RoutingTable, read_routing, replace_routing
+from tasks.routing import RoutingTable, read_routing, replace_routing, unchallenged
 from tasks.serving import TritonAddress, is_version_ready
 from tasks.storage import Store
 from tasks.transaction import ROLLED_BACK, Place, complete, intend, settle
@@ -38,9 +38,7 @@ def back_to_previous(table: RoutingTable | None, model: str) -> RoutingTable:
             f"(prefect deployment run 'promote/{model}' -p version=N)"
         )
     # The withdrawn version is not what a second rollback should bring back: it leaves the table.
-    return replace(
-        table, champion=table.previous, previous=None, challenger=None, share=0.0, revision=table.revision + 1
-    )
+    return replace(unchallenged(table), champion=table.previous, previous=None)
 
 
 def roll_back(

@@ -6,7 +6,7 @@ Standard library only, because the serving environment imports this module too.
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -33,8 +33,9 @@ class RoutingTable:
     """Who answers for `model`.
 
     previous: what a rollback goes back to; it stays loaded.
-    challenger: answers the share [0, 1] of requests (canary); None and 0.0 otherwise.
-    revision: counts the changes of this table, beginning at 1. changed_at: UTC, ISO 8601.
+    challenger: answers the share [0, 1] of requests, and all requests of these lines (canary); None, 0.0 and () otherwise.
+    until: Unix seconds after which the champion answers everything again, so that nobody must be alive to end a canary;
+    None: no end. revision: counts the changes of this table, beginning at 1. changed_at: UTC, ISO 8601.
     """
 
     model: str
@@ -42,14 +43,22 @@ class RoutingTable:
     previous: Route | None = None
     challenger: Route | None = None
     share: float = 0.0
+    lines: tuple[str, ...] = ()
+    until: float | None = None
     revision: int = 1
     changed_at: str = ""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
             raise ValueError(f"share {self.share} of the challenger is outside [0, 1]")
-        if self.share > 0 and self.challenger is None:
-            raise ValueError(f"a share of {self.share} needs a challenger to answer it")
+        if (self.share > 0 or self.lines) and self.challenger is None:
+            what = f"a share of {self.share}" if self.share > 0 else f"the lines {', '.join(self.lines)}"
+            raise ValueError(f"{what} needs a challenger to answer it")
+
+    @property
+    def has_canary(self) -> bool:
+        """Whether a challenger answers anybody, as long as `until` has not come."""
+        return self.challenger is not None and (self.share > 0 or bool(self.lines))
 
     @property
     def routes(self) -> tuple[Route, ...]:
@@ -63,6 +72,20 @@ def promoted(table: RoutingTable | None, model: str, champion: Route) -> Routing
         return RoutingTable(model, champion)
     previous = table.previous if table.champion == champion else table.champion
     return RoutingTable(model, champion, previous, revision=table.revision + 1)
+
+
+def challenged(
+    table: RoutingTable, challenger: Route, share: float, lines: Sequence[str] = (), until: float | None = None
+) -> RoutingTable:
+    """The table with this challenger beside the champion, until then; in the place of one that is there."""
+    return replace(
+        table, challenger=challenger, share=share, lines=tuple(lines), until=until, revision=table.revision + 1
+    )
+
+
+def unchallenged(table: RoutingTable) -> RoutingTable:
+    """The table in which the champion answers alone."""
+    return replace(table, challenger=None, share=0.0, lines=(), until=None, revision=table.revision + 1)
 
 
 def routing_file(root: Path, model: str) -> Path:
@@ -81,6 +104,7 @@ def read_routing(root: Path, model: str) -> RoutingTable | None:
         routes = {name: _route(body.pop(name)) for name in ("champion", "previous", "challenger")}
         if routes["champion"] is None:
             raise ValueError("no champion")
+        body["lines"] = tuple(body.get("lines", ()))
         table = RoutingTable(**body, **routes)  # type: ignore[arg-type]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(

@@ -116,7 +116,7 @@ def _in_spool(root: Path, model: str, request_id: str) -> Iterator[Captured]:
     from monitoring.capture import read_spool
 
     for path, record in reversed(list(read_spool(root / _SPOOL / model))):
-        if record.request_id == request_id:
+        if record.request_id == request_id and not record.error:  # then the champion answered it
             assert isinstance(record.image, bytes)  # as it is read; pixels are encoded when they are written
             moment = datetime.fromtimestamp(record.captured_at, UTC)
             facts = (record.version, record.label, record.score, record.image, record.tire_id, record.line)
@@ -131,8 +131,8 @@ def _on_s3(store: Store, model: str, request_id: str, day: date | None) -> Itera
         file = pq.ParquetFile(io.BytesIO(read(store, found.key)))
         ids = file.read(["request_id"])["request_id"]
         place = pc.index(ids, request_id).as_py()
-        if place >= 0:
-            row = file.read().slice(place, 1).to_pylist()[0]
+        row: dict[str, Any] = file.read().slice(place, 1).to_pylist()[0] if place >= 0 else {"error": "not here"}
+        if not row.get("error"):  # else a challenger had no answer, and the champion gave one
             moment = datetime.fromtimestamp(row["captured_at"], UTC)
             facts = (row["version"], row["label"], row["score"], row["image"], row["tire_id"], row["line"])
             yield Captured(model, request_id, moment, *facts, store.uri(found.key))

@@ -326,6 +326,52 @@ def test_a_challenger_gets_its_share_and_a_tire_always_meets_the_same_version(ad
     assert 0.2 < sum(version == 2 for version in versions.values()) / 200 < 0.4
 
 
+def test_a_challenger_answers_its_lines_and_no_other(address, photograph, routed):
+    routed(Route(NETWORK, 1), None, Route(NETWORK, 2), lines=("north", "west"))
+    image = photograph(1)
+    asked = {
+        line: infer_front_door(address, MODEL, image, parameters={"line": line}) for line in ("north", "west", "east")
+    }
+    assert {line: answer.model_version for line, answer in asked.items()} == {"north": 2, "west": 2, "east": 1}
+    assert infer_front_door(address, MODEL, image).model_version == 1
+
+
+def test_a_canary_that_nobody_renews_ends_by_itself(address, photograph, routed):
+    routed(Route(NETWORK, 1), None, Route(NETWORK, 2), share=1.0, until=time.time() + 1.5)
+    assert versions_answering(address, photograph) == {2}
+    time.sleep(1.6)
+    assert versions_answering(address, photograph) == {1}
+
+
+def test_a_probe_is_answered_by_the_champion_whatever_share_a_challenger_has(address, photograph, routed):
+    routed(Route(NETWORK, 1), None, Route(NETWORK, 2), share=1.0)
+    assert infer_front_door(address, MODEL, photograph(1), parameters={"probe": True}).model_version == 1
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_what_a_challenger_cannot_answer_the_champion_does(
+    triton, address, photograph, routed, small_network, describe, protocol
+):
+    publish_version(triton.root, stage_version(triton.root, small_network(4), describe(MODEL, 4)))  # never loaded
+    routed(Route(NETWORK, 1), None, Route(NETWORK, 4), share=1.0)
+    for seed in range(6):  # every process of the door
+        answer = infer_front_door(address, MODEL, photograph(seed), protocol)
+        assert (answer.model_version, answer.lineage["routed"]) == (1, "champion")
+    with pytest.raises(NotServed, match=r"undecodable|unreadable"):
+        infer_front_door(address, MODEL, b"no photograph", protocol)
+
+
+def test_pixels_of_the_champions_size_are_never_refused_because_of_a_challenger_of_another(
+    triton, address, photograph, routed, small_network, describe
+):
+    other = network_name(MODEL, 48)
+    staged = stage_version(triton.root, small_network(2), describe(MODEL, 2, network=other, image_size=48))
+    publish_version(triton.root, staged)
+    routed(Route(NETWORK, 1), None, Route(other, 2), share=1.0)
+    pixels = decode(photograph(3, 50), 32)
+    assert answer_of(ask(address, MODEL, pixel_input(pixels))).model_version == 1
+
+
 def test_switching_under_load_fails_no_request_and_every_answer_was_routed_at_its_time(address, photograph, routed):
     images = [photograph(seed, 32 + seed) for seed in range(24)]
     routed(Route(NETWORK, 1), Route(NETWORK, 2))

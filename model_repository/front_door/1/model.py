@@ -52,9 +52,15 @@ class Doors:
     champion: Door
     challenger: Door | None
 
-    def door_for(self, key: str) -> Door:
-        """The champion, or the challenger for its share of keys; the same key always gets the same one."""
-        if self.challenger and zlib.crc32(key.encode()) < self.table.share * 2**32:
+    def door_for(self, key: str, line: str, now: float) -> Door:
+        """The champion, or the challenger for its lines and its share of keys; the same key always gets the same one.
+
+        now: Unix seconds. Whoever lets a challenger in renews its time; when nobody does, the champion has everything again.
+        """
+        table = self.table
+        if self.challenger is None or (table.until is not None and now >= table.until):
+            return self.champion
+        if line in table.lines or zlib.crc32(key.encode()) < table.share * 2**32:
             return self.challenger
         return self.champion
 
@@ -70,6 +76,7 @@ class Job:
     pixels: np.ndarray | None = None
     door: Door | None = None
     captured: bool = False
+    answered: bool = False
     response: object = None
 
 
@@ -98,11 +105,10 @@ class Routing:
     def _open(self, table: RoutingTable | None) -> Doors | None:
         if table is None:
             return None
-        challenger = table.challenger if table.share > 0 else None
         doors = Doors(
             table,
             self._door(table.champion, "champion"),
-            self._door(challenger, "challenger") if challenger else None,
+            self._door(table.challenger, "challenger") if table.has_canary else None,
         )
         pb_utils.Logger.log_info(f"{self._model}: {doors.table}")
         return doors
@@ -147,6 +153,7 @@ class TritonPythonModel:
             pb_utils.Logger.log_info(str(refusal))
 
     def execute(self, requests: list) -> list:
+        began = time.perf_counter()
         jobs = [Job(request) for request in requests]
         try:
             doors = self._routing.current()
@@ -161,7 +168,9 @@ class TritonPythonModel:
                 pb_utils.Logger.log_error(f"{self._model}: unexpected {type(error).__name__}: {error}")
                 job.response = _refused(Refused(f"unexpected {type(error).__name__}: {error}", "INTERNAL"))
         for door in {id(job.door): job.door for job in jobs if job.response is None}.values():
-            self._answer(door, [job for job in jobs if job.response is None and job.door is door])
+            self._answer(
+                door, [job for job in jobs if job.response is None and job.door is door], doors.champion, began
+            )
         return [job.response for job in jobs]
 
     def finalize(self) -> None:
@@ -173,46 +182,86 @@ class TritonPythonModel:
             raise Refused("the request was cancelled", "CANCELLED")
         job.parameters = _parameters(job.request)
         job.request_id = str(job.parameters.get("request_id") or job.request.request_id() or uuid.uuid4().hex)
-        job.door = doors.door_for(str(job.parameters.get("tire_id") or job.request_id))
-        job.image, job.pixels = _pixels(job.request, job.door.version)
-        job.captured = not job.parameters.get("probe") and self._spool.wants_one()
+        probe, line = bool(job.parameters.get("probe")), str(job.parameters.get("line", ""))
+        key = str(job.parameters.get("tire_id") or job.request_id)
+        job.door = doors.champion if probe else doors.door_for(key, line, time.time())
+        try:
+            job.image, job.pixels = _pixels(job.request, job.door.version)
+        except Refused:
+            if job.door is doors.champion:
+                raise
+            job.door = doors.champion  # pixels of its size: a challenger of another one must not refuse them
+            job.image, job.pixels = _pixels(job.request, job.door.version)
+        is_challenged = job.door is not doors.champion  # what a challenger answers is looked at, all of it
+        job.captured = not probe and self._spool.wants_one(always=is_challenged)
 
-    def _answer(self, door: Door, jobs: list) -> None:
-        """One call of the routed version for all jobs; each job gets its own response."""
+    def _answer(self, door: Door, jobs: list, champion: Door, began: float) -> None:
+        """Each job gets its own response. Where a challenger has none, the champion answers, and the failure is captured."""
+        failed = self._ask_for(door, jobs, began)
+        if door is champion:
+            for job, refusal in failed:
+                job.response = _refused(refusal)
+            return
+        for job, refusal in failed:
+            try:
+                job.image, job.pixels = _pixels(job.request, champion.version)
+            except Refused as unreadable:
+                job.response = _refused(unreadable)
+        left = [(job, refusal) for job, refusal in failed if job.response is None]
+        if left:
+            self._answer(champion, [job for job, _ in left], champion, began)
+        for job, refusal in left:
+            if job.answered and job.captured:
+                self._capture(job, door, began, error=str(refusal))
+
+    def _ask_for(self, door: Door, jobs: list, began: float) -> list:
+        """One call of the version for all jobs; those it has no answer for, each with its reason. When the call fails, each
+        is asked for alone: one image that a network cannot bear must not cost its neighbours their answers.
+        """
         try:
             outputs = _ask(door.route, np.stack([job.pixels for job in jobs]), any(job.captured for job in jobs))
         except Refused as refusal:
-            for job in jobs:
-                job.response = _refused(refusal)
-            return
+            if len(jobs) == 1:
+                return [(jobs[0], refusal)]
+            return [failure for job in jobs for failure in self._ask_for(door, [job], began)]
+        failed = []
         probabilities = outputs["probabilities"]
         scores, labels = score(probabilities, door.version.rule), decide(probabilities, door.version.rule)
         for row, job in enumerate(jobs):
-            if not np.isfinite(
-                probabilities[row]
-            ).all():  # NaN compares as "below the threshold": a defect would escape
+            # NaN compares as "below the threshold": a defect would escape.
+            if not np.isfinite(probabilities[row]).all():
                 message = f"{door.route.network} version {door.route.version} gave no number for this image"
-                job.response = _refused(Refused(message, "INTERNAL"))
+                failed.append((job, Refused(message, "INTERNAL")))
                 continue
             job.response = _response(job, door, probabilities[row], scores[row], labels[row])
+            job.answered = True
             if job.captured:
-                self._capture(job, door, probabilities[row], outputs["embedding"][row], scores[row], labels[row])
+                self._capture(
+                    job,
+                    door,
+                    began,
+                    label=door.version.rule.labels[labels[row]],
+                    score=float(scores[row]),
+                    probabilities=probabilities[row].copy(),
+                    embedding=outputs["embedding"][row].copy(),
+                )
+        return failed
 
-    def _capture(self, job: Job, door: Door, probabilities, embedding, job_score, label) -> None:
+    def _capture(self, job: Job, door: Door, began: float, **answer) -> None:
+        """The request and its answer; without one, the reason (`error`)."""
+        nothing = np.empty(0, np.float32)
         self._spool.offer(
             CaptureRecord(
+                **{"label": "", "score": 0.0, "probabilities": nothing, "embedding": nothing} | answer,
                 request_id=job.request_id,
                 captured_at=time.time(),
                 model=self._model,
                 version=door.version.version,
-                label=door.version.rule.labels[label],
-                score=float(job_score),
                 image=job.image,
-                probabilities=probabilities.copy(),
-                embedding=embedding.copy(),
                 tire_id=str(job.parameters.get("tire_id", "")),
                 line=str(job.parameters.get("line", "")),
                 dropped=self._spool.dropped,
+                milliseconds=(time.perf_counter() - began) * 1000,
             )
         )
 
