@@ -2,7 +2,8 @@
 
 Compares what S3 and MLflow hold with what the line has decided: a complete batch that was neither ingested nor refused, a
 dataset version that no training decided about, a registered model without a verdict. Completes the records of a switch of
-champion that was killed, and refuses what waited for a person for too long. Runs on a schedule; by hand:
+champion that was killed, refuses what waited for a person for too long, lets the ONNX network answer where a server refuses a
+version's TensorRT plan, and uploads what answers and is not on S3 yet. Runs on a schedule; by hand:
 
     prefect deployment run 'sweep/line'
 
@@ -53,7 +54,7 @@ def sweep(options: SweepOptions = SweepOptions()) -> State[Any]:
     for each in lost:
         log.warning("%s: sending %s again", each.what, each.event)
         repeat(each)
-    done = [*complete_switches(here, options), *end_approvals(here)]
+    done = [*complete_switches(here, options), *end_approvals(here), *answer_without_plans(here), *keep_copies(here)]
     if lost:
         show(lost)
         return Completed(name="Repeated", message="; ".join([*(each.what for each in lost), *done]))
@@ -119,6 +120,35 @@ def end_approvals(here: Settings) -> list[str]:
 
     late = expire(here.store, datetime.now(UTC))
     return [f"nobody decided about {each.model} v{each.version} within {each.minutes:g} minutes" for each in late]
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def answer_without_plans(here: Settings) -> list[str]:
+    """Models whose server came up and does not run their plan: another card, another TensorRT; why, and what answers now."""
+    from tasks.engine_stage import make_answer
+    from tasks.model_repository import Runtime, front_doors
+
+    told = []
+    for model in front_doors(here.serving_root):
+        runtime = Runtime(accelerator=here.cpu_accelerator)
+        if choice := make_answer(here.serving_root, here.triton, model, runtime):
+            log.warning("%s: %s", model, choice.why)
+            told.append(f"{model}: {choice.why}")
+    return told
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def keep_copies(here: Settings) -> list[str]:
+    """What a server that loses its disk could not be given back: uploaded now."""
+    from tasks.model_repository import front_doors
+    from tasks.version_store import upload_routed
+
+    uploaded = [
+        route
+        for model in front_doors(here.serving_root)
+        for route in upload_routed(here.store, here.serving_root, model)
+    ]
+    return [f"{route.network} version {route.version} was not on S3" for route in uploaded]
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)

@@ -18,9 +18,9 @@ from tasks.ledger import Entry, read_ledger
 from tasks.model_repository import (
     FrontDoor,
     Runtime,
-    front_doors,
     install_front_door,
     list_versions,
+    repository,
     routed_versions,
     version_directory,
 )
@@ -77,7 +77,7 @@ def restore(place: Place, server: Server) -> Restored:
     instead = {} if table else _twins(place.root, server, there, notes)
     loaded = _loaded(place.root, server, [instead.get(route, route) for route in there], fetched)
     golden = sum(_golden_held(place, server, route, instead.get(route, route)) for route in fetched)
-    installed = place.model in front_doors(place.root)
+    installed = (repository(place.root) / place.model / "config.pbtxt").exists()  # the last that installing writes
     if not installed:
         install_front_door(place.root, place.model, server.door)
     if not installed or loaded or not is_version_ready(server.address, place.model):

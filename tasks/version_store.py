@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
 
 from tasks.model_repository import Runtime, publish_version, version_directory
+from tasks.routing import Route, read_routing
 from tasks.sealed import SEAL, InvalidVersion, SealedVersion, file_digest, read_sealed, write_durably
 from tasks.storage import (
     Store,
@@ -77,6 +78,18 @@ def _is_stored(store: Store, sealed: SealedVersion, directory: Path) -> bool:
             f"{file_digest(directory / SEAL)[:12]}): register a new version instead, numbers are never reused"
         )
     return True
+
+
+def upload_routed(store: Store, root: Path, model: str) -> list[Route]:
+    """Uploads the champion and the previous version of a model where S3 does not hold them; returns those."""
+    table = read_routing(root, model)
+    standing = [each for each in (table.champion, table.previous) if each] if table else []
+    return [
+        each
+        for each in standing
+        if stored_version(store, each.network, each.version) is None
+        and upload_version(store, version_directory(root, each.network, each.version))
+    ]
 
 
 def _same(one: SealedVersion, other: SealedVersion) -> bool:

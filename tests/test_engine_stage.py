@@ -9,6 +9,7 @@ from tasks.engine_stage import (
     RTX_FILE,
     engine_gates,
     keep_answering,
+    make_answer,
     publish_twin,
     require_no_rehearsal,
     stage_engine,
@@ -27,7 +28,7 @@ from tasks.model_repository import (
 from tasks.model_repository import publish_version as publish
 from tasks.routing import Route, RoutingTable, read_routing, write_routing
 from tasks.sealed import file_digest, read_sealed
-from tasks.serving import infer_front_door, is_version_ready, load_model
+from tasks.serving import NotServed, TritonAddress, infer_front_door, is_version_ready, load_model
 from tasks.tensorrt_engine import NoEngine, server_of
 
 RTX = Export(engine="tensorrt_rtx")
@@ -149,3 +150,92 @@ def test_on_a_server_that_cannot_run_the_plan_the_onnx_network_answers_and_it_is
     assert infer_front_door(triton.address, "lids", photograph(1)).model_version == 4
     assert keep_answering(triton.root, triton.address, "lids", None) is None, "the champion is no plan any more"
     assert directory.exists()
+
+
+@pytest.fixture
+def refused(triton, planned):
+    """`refused(model)`: the routing table of a model whose champion is a plan, on a server without a card."""
+    from tasks.model_repository import install_front_door
+
+    def made(model):
+        planned(triton.root, model)
+        install_front_door(triton.root, model)
+        table = write_routing(triton.root, RoutingTable(model, Route(f"{model}_trt_32", 4), revision=3))
+        load_model(triton.address, model)
+        return table
+
+    return made
+
+
+@pytest.mark.skipif(not no_card(), reason="about servers without a CUDA card")
+def test_a_server_that_came_up_and_refuses_the_plan_answers_with_the_onnx_network_and_the_ledger_keeps_silent(
+    triton, refused, store, mlflow_uri, photograph
+):
+    """The plan as champion, the ledger up to date; `sweep` looks, and `settle` has nothing to enter."""
+    from mlflow import MlflowClient
+
+    from tasks.ledger import append, read_ledger
+    from tasks.registry import CHAMPION, set_alias
+    from tasks.transaction import PROMOTED, Place, settle
+
+    table = refused("pots")
+    with pytest.raises(NotServed):
+        infer_front_door(triton.address, "pots", photograph(1))
+    client = MlflowClient(mlflow_uri)
+    client.create_registered_model("pots")
+    run = client.create_run(client.create_experiment("pots"))
+    for _ in range(4):
+        client.create_model_version("pots", f"{run.info.artifact_uri}/model", run.info.run_id)
+    append(store, "pots", PROMOTED, 4, "test", "all gates held", {})
+    set_alias(mlflow_uri, "pots", CHAMPION, 4)
+    choice = make_answer(triton.root, triton.address, "pots")
+    assert choice.action == "onnx" and choice.why.startswith("pots_trt_32 version 4: loading pots_trt_32 ")
+    assert infer_front_door(triton.address, "pots", photograph(1)).model_version == 4
+    after = read_routing(triton.root, "pots")
+    assert (after.champion, after.revision) == (Route("pots_onnx_32", 4), table.revision + 1)
+    assert settle(Place(triton.root, store, mlflow_uri, "pots"), "test") is None
+    assert len(read_ledger(store, "pots")) == 1
+    assert make_answer(triton.root, triton.address, "pots") is None
+
+
+@pytest.mark.skipif(not no_card(), reason="about servers without a CUDA card")
+def test_a_rollback_to_a_plan_that_the_server_refuses_finds_its_onnx_network(triton, refused, small_network):
+    table = refused("jars")
+    plan = read_sealed(version_directory(triton.root, "jars_trt_32", 4))
+    later = replace(plan, network="jars_onnx_32", version=5, files={})
+    staged = stage_version(triton.root, small_network(), later)
+    publish(triton.root, staged)
+    load_model(triton.address, "jars_onnx_32", 5)
+    after = replace(table, champion=Route("jars_onnx_32", 5), previous=table.champion, revision=4)
+    write_routing(triton.root, after)
+    assert make_answer(triton.root, triton.address, "jars").action == "onnx"
+    routed = read_routing(triton.root, "jars")
+    assert (routed.champion, routed.previous) == (Route("jars_onnx_32", 5), Route("jars_onnx_32", 4))
+    assert all(is_version_ready(triton.address, "jars_onnx_32", version) for version in (4, 5))
+
+
+@pytest.mark.skipif(not no_card(), reason="about servers without a CUDA card")
+def test_a_plan_is_restored_on_a_server_that_refuses_it_as_its_onnx_network(
+    triton, planned, store, tmp_path, photograph
+):
+    from tasks.ledger import append
+    from tasks.model_repository import FrontDoor, Runtime
+    from tasks.restore import Server, restore
+    from tasks.transaction import PROMOTED, Place
+    from tasks.version_store import upload_version
+
+    upload_version(store, planned(tmp_path, "bowls"))
+    append(store, "bowls", PROMOTED, 4, "test", "all gates held", {})
+    server = Server(triton.address, Runtime(), FrontDoor(capture_share=0.0))
+    done = restore(Place(triton.root, store, "", "bowls"), server)
+    assert done.table.champion == Route("bowls_onnx_32", 4) and done.fetched == (Route("bowls_trt_32", 4),)
+    assert "bowls_onnx_32 answers in its place" in done.notes[0]
+    assert infer_front_door(triton.address, "bowls", photograph(1)).model_version == 4
+
+
+def test_where_no_server_is_up_or_nothing_is_in_production_nothing_is_changed(tmp_path, planned, small_network):
+    nobody = TritonAddress("127.0.0.1:9", "127.0.0.1:9")
+    assert make_answer(tmp_path, nobody, "cups") is None
+    planned(tmp_path, "cups")
+    table = write_routing(tmp_path, RoutingTable("cups", Route("cups_trt_32", 4)))
+    assert make_answer(tmp_path, nobody, "cups") is None and read_routing(tmp_path, "cups") == table

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from tasks.registry import champion_version
 from tasks.routing import read_routing
 from tasks.sealed import read_sealed
 from tasks.serving import infer_front_door
-from tasks.transaction import Place
+from tasks.transaction import Place, newest_intention
+from tasks.version_store import fetch_version, stored_version
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,7 @@ from tasks import transaction
 from tasks.model_repository import stage_version
 from tasks.routing import read_routing
 from tasks.swap import swap
+from tasks.version_store import upload_version
 
 number, after = int(sys.argv[1]), sys.argv[2] == "after"
 place, address, network_file, sealed, golden, images = pickle.load(open(sys.argv[3], "rb"))
@@ -66,6 +69,7 @@ transaction.settle(place, "test")
 table = read_routing(place.root, place.model)
 if table is None or table.champion.version != sealed.version:
     staged = stage_version(place.root, network_file, sealed)
+    upload_version(place.store, staged, golden)
     intention = transaction.intend(place, "promoted", sealed.version, "test", "all gates held", {"accuracy": 1.0})
     swapped = swap(
         place.root, address, staged, golden, images, "openvino", late_ms=5000, capture_share=0.0, revision=intention.revision
@@ -119,8 +123,20 @@ def announced() -> set[int]:
     return {event["payload"]["version"] for event in events if event["event"] == "tirewatch.model.promoted"}
 
 
+def is_on_s3(place: Place, network: str, version: int, folder: Path) -> bool:
+    """Whether S3 has a seal of the version; if so, every byte of it is there. Without its version, no switch was announced."""
+    if stored_version(place.store, network, version) is None:
+        last = newest_intention(place)
+        assert last is not None and last.version != version
+        return False
+    fetch_version(place.store, folder / f"{uuid.uuid4()}", network, version)
+    return True
+
+
 @pytest.mark.usefixtures("prefect_server")
-def test_whichever_write_a_switch_dies_at_one_version_answers_and_the_rerun_converges(place, job, triton, photograph):
+def test_whichever_write_a_switch_dies_at_one_version_answers_and_the_rerun_converges(
+    place, job, triton, photograph, tmp_path
+):
     network = network_name(MODEL, 32)
 
     def answering() -> int:
@@ -131,7 +147,7 @@ def test_whichever_write_a_switch_dies_at_one_version_answers_and_the_rerun_conv
     undisturbed = run(job(2))
     writes = undisturbed.stdout.split("writes ")[1].split()
     assert {"s3", "rename", "replace", "alias", "event"} <= set(writes)
-    version, seen = 2, set()
+    version, seen, uploaded = 2, set(), set()
     moments = [*((number, "before") for number in range(1, len(writes) + 1)), (len(writes), "after")]
     for number, when in moments:
         version += 1
@@ -143,10 +159,13 @@ def test_whichever_write_a_switch_dies_at_one_version_answers_and_the_rerun_conv
         seen.add(table.champion.version == version)
         for directory in (repository(place.root) / network).glob("[0-9]*"):  # what Triton would take for a version
             read_sealed(directory)
+        uploaded.add(is_on_s3(place, network, version, tmp_path))
         again = run(job(version))
         assert again.returncode == 0, again.stderr[-2000:]
         assert answering() == read_routing(place.root, MODEL).champion.version == version
         assert champion_version(place.tracking_uri, MODEL) == version
+        assert is_on_s3(place, network, version, tmp_path)
+    assert uploaded == {True, False}, "some of the writes came before the seal on S3 and some after it"
     assert seen == {True, False}, "some of the writes came before the commit point and some after it"
     entries = read_ledger(place.store, MODEL)
     assert [entry.version for entry in entries] == list(range(1, version + 1)) and breaks(entries) == []

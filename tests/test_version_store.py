@@ -16,6 +16,7 @@ from tasks.model_repository import (
     version_directory,
 )
 from tasks.proof import Golden
+from tasks.routing import Route, RoutingTable, replace_routing
 from tasks.sealed import SEAL, InvalidVersion, file_digest, read_sealed
 from tasks.storage import list_objects, read
 from tasks.version_store import (
@@ -24,6 +25,7 @@ from tasks.version_store import (
     stored_golden,
     stored_networks,
     stored_version,
+    upload_routed,
     upload_version,
 )
 
@@ -228,6 +230,17 @@ def test_a_file_is_fetched_without_holding_it_and_a_missing_one_is_named(store, 
         assert (tmp_path / "in").read_bytes() == bytes(size)
     with pytest.raises(FileNotFoundError, match=r"s3://tirewatch/files/none does not exist"):
         storage.read_into(store, "files/none", tmp_path / "in")
+
+
+def test_what_answers_and_is_not_on_s3_is_uploaded_once(store, staged):
+    directory = staged("before", 3)
+    root = directory.parents[1]
+    assert upload_routed(store, root, "before") == []
+    publish_version(root, directory)
+    replace_routing(root, RoutingTable("before", Route("before_onnx_32", 3)))
+    assert upload_routed(store, root, "before") == [Route("before_onnx_32", 3)]
+    assert stored_networks(store, "before", 3) == ["before_onnx_32"]
+    assert upload_routed(store, root, "before") == []
 
 
 def test_a_passport_is_the_only_thing_that_may_differ(staged):
