@@ -89,6 +89,7 @@ def promote(
     if not decision.promote:
         discard(staged)
         return refused(here, candidate, decision)
+    keep_copy(here, staged, proof)
     intention = announce(here, candidate, decision, proof.figures)
     swap = switch(here, staged, proof, limits, intention)
     decision = Decision((*decision.gates, *swap.gates))
@@ -242,6 +243,14 @@ def hear(here: Settings, request: "Request", answer: "Answer | None") -> Gate:
 
     table = read_routing(here.serving_root, request.model)
     return judged(here.store, request, answer, table.champion.version if table else None)
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def keep_copy(here: Settings, staged: Path, proof: "Proof") -> None:
+    """The proven version on S3, its seal last, before it is announced: what a lost server is restored from."""
+    from tasks.version_store import upload_version
+
+    upload_version(here.store, staged, proof.golden)
 
 
 @task(cache_policy=NO_CACHE)
