@@ -36,6 +36,7 @@ from tasks.sealed import file_digest, read_sealed
 from tasks.serving import NotServed, infer_front_door, is_version_ready
 from tasks.sources import digit_folders, upload_folder
 from tasks.trace import Captured, trace
+from tasks.version_store import stored_golden, stored_version
 
 MODEL = "scans"
 NETWORK = network_name(MODEL, 16)
@@ -201,6 +202,13 @@ def test_alias_ledger_event_and_report_tell_the_same(here, first, trained):
 def test_nothing_is_left_beside_what_is_served(here, first):
     assert list((here.serving_root / "staging").iterdir()) == []
     assert list(here.serving_root.glob("scratch-*")) == []
+
+
+def test_the_version_that_answers_lies_on_s3_with_what_was_proven_of_it(here, first):
+    sealed = read_sealed(version_directory(here.serving_root, NETWORK, 1))
+    assert stored_version(here.store, NETWORK, 1) == sealed
+    golden = stored_golden(here.store, NETWORK, 1)
+    assert len(golden.pixels) == len(golden.probabilities) > 0 and golden.pixels.shape[1:] == (16, 16, 3)
 
 
 def test_the_same_network_exports_to_the_same_bytes(here, first, tmp_path):

@@ -3,12 +3,17 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from deploy import dataset as commands
+from deploy.cli import app
 from tasks import restore as restoring
+from tasks import storage
 from tasks.inference import open_network
 from tasks.ledger import Entry, append, read_ledger
 from tasks.model_repository import (
@@ -262,3 +267,36 @@ def test_a_version_that_decides_otherwise_on_the_new_machine_is_not_routed_to(
     assert read_routing(triton.root, "swapped") is None
     delete(store, [each.key for each in list_objects(store, folder_of("swapped_onnx_32", 1))])
     shutil.rmtree(repository(triton.root) / "swapped_onnx_32")
+
+
+def test_the_command_restores_what_it_can_says_what_it_cannot_and_then_changes_nothing(
+    store, triton, tmp_path, small_network, describe, photographs, monkeypatch
+):
+    there = replace(store, bucket="restored-by-command")
+    storage.ensure_bucket(there)
+    upload_version(there, stage_version(tmp_path, small_network(), describe("commanded", 6)))
+    append(there, "commanded", PROMOTED, 6, "test", "all gates held", {})
+    append(there, "absent", PROMOTED, 1, "test", "before versions were kept", {})
+    stack = {"S3_BUCKET": there.bucket, "S3_ENDPOINT_URL": there.endpoint_url, "SERVING_ROOT": str(triton.root)}
+    stack |= {"S3_ACCESS_KEY_ID": there.access_key_id, "S3_SECRET_ACCESS_KEY": there.secret_access_key}
+    stack |= {"TRITON_HTTP": triton.address.http, "TRITON_ADMIN_KEY": triton.address.admin_key, "CAPTURE_SHARE": "0"}
+    found = {f"TIREWATCH_{name}": value for name, value in stack.items()}
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    # What stands in for a stack's folder is only its addresses: the services are real.
+    monkeypatch.setattr(commands, "read_stack", lambda state: SimpleNamespace(environment=lambda: found))
+    monkeypatch.setattr(commands.console, "width", 400)
+
+    def run(*models):
+        result = CliRunner().invoke(app, ["restore", *models])
+        return result.exit_code, result.output.splitlines()
+
+    assert run() == (
+        1,
+        [
+            "absent is not restored: absent v1 is not on S3: it was promoted before versions were kept there; promote it again",
+            "commanded: v6 answers; fetched commanded_onnx_32/6",
+        ],
+    )
+    assert infer_front_door(triton.address, "commanded", photographs[0]).model_version == 6
+    assert run("commanded") == (0, ["commanded: v6 answers; everything is there, nothing was changed"])
