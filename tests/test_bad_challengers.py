@@ -193,8 +193,7 @@ def test_one_that_always_says_the_majority_is_refused_for_the_defects_it_lets_pa
 def test_one_that_decides_as_the_champion_but_takes_long_is_refused_for_its_latency_alone(
     here, champion, judging, register, refused
 ):
-    own = {f"stages.0.useful.{name.removeprefix('stages.')}": value for name, value in judging("blue 3").items()}
-    own = {name.replace("stages.0.useful.head", "head"): value for name, value in own.items()}
+    own = {name.replace("stages.", "stages.0.useful.", 1): value for name, value in judging("blue 3").items()}
     useless = {f"stages.0.{name}": value for name, value in Laborious().state_dict().items() if "useless" in name}
     challenger = register({**own, **useless}, "laborious", "laborious")
     quick = figures(here, champion)

@@ -20,7 +20,6 @@ from pydantic import SecretStr
 
 from flows.ingest import IngestOptions, ingest
 from flows.promote import promote
-from flows.settings import Settings
 from flows.train import train
 from tasks import ledger, registry, storage
 from tasks.approval import Approval, answer, open_requests
@@ -55,25 +54,12 @@ QUICK = TrainConfig(
 
 
 @pytest.fixture(scope="module")
-def here(store, mlflow_uri, prefect_server, triton):
+def here(stack_settings):
     """The settings of the stack that the fixtures are."""
-    found = Settings(
-        s3_bucket=store.bucket,
-        s3_endpoint_url=store.endpoint_url,
-        s3_access_key_id=store.access_key_id,
-        s3_secret_access_key=SecretStr(store.secret_access_key),
-        mlflow_tracking_uri=mlflow_uri,
-        serving_root=triton.root,
-        triton_http=triton.address.http,
-        triton_grpc=triton.address.grpc,
-        triton_admin_key=SecretStr(triton.address.admin_key),
-        triton_python=Path(__file__).parents[1] / ".venv-triton" / "bin" / "python",
-        capture_share=0.0,
-    )
     with pytest.MonkeyPatch.context() as patch:
         for flow in ("ingest", "train", "promote"):
-            patch.setattr(f"flows.{flow}.settings", lambda: found)
-        yield found
+            patch.setattr(f"flows.{flow}.settings", lambda: stack_settings)
+        yield stack_settings
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from pydantic import SecretStr
 
 from flows.promote import promote
-from flows.settings import Settings
 from tasks import registry
 from tasks.engine_passport import read_passport
 from tasks.export import Export
@@ -26,24 +24,11 @@ LIMITS = Limits(min_accuracy=0.6, min_test_images=50, max_p99_ms=2000, must_beat
 
 
 @pytest.fixture(scope="module")
-def here(store, mlflow_uri, prefect_server, triton, register_prints):
-    found = Settings(
-        s3_bucket=store.bucket,
-        s3_endpoint_url=store.endpoint_url,
-        s3_access_key_id=store.access_key_id,
-        s3_secret_access_key=SecretStr(store.secret_access_key),
-        mlflow_tracking_uri=mlflow_uri,
-        serving_root=triton.root,
-        triton_http=triton.address.http,
-        triton_grpc=triton.address.grpc,
-        triton_admin_key=SecretStr(triton.address.admin_key),
-        triton_python=Path(__file__).parents[1] / ".venv-triton" / "bin" / "python",
-        capture_share=0.0,
-    )
+def here(stack_settings, register_prints):
     register_prints(MODEL, versions=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.promote.settings", lambda: found)
-        yield found
+        patch.setattr("flows.promote.settings", lambda: stack_settings)
+        yield stack_settings
 
 
 def told(here, version):
