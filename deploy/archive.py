@@ -113,9 +113,8 @@ def activate(
     told = "; ".join(gate.measured for gate in done.swap.gates)
     if done.swap.undone:
         raise typer.Exit(_failed(f"{model} v{version} was taken back: {told}"))
-    say(
-        f"{model} v{version} answers instead of {f'v{done.swap.previous}' if done.swap.previous else 'nothing'}; {told}"
-    )
+    before = f" instead of v{done.swap.previous}; {told}" if done.swap.previous else ", the first version here"
+    say(f"{model} v{version} answers{before}")
     say(f"golden photographs on this machine: {done.rung.measured}")
 
 
