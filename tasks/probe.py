@@ -112,8 +112,10 @@ class ProbeLoad:
                 await client.close()
 
     async def _lane(self, client: Any, protocol: str, images: "itertools.cycle[bytes]") -> None:
+        from aiohttp import ClientError  # a server that dies cuts the connection; not every such error is an OSError
+
         module = module_of("grpc" if protocol == "grpc" else "http")
-        failures: tuple[type[BaseException], ...] = (*request_errors(), TimeoutError)
+        failures: tuple[type[BaseException], ...] = (*request_errors(), TimeoutError, ClientError)
         while not self._stop.is_set():
             inputs = [encoded_input(module, next(images))]
             sent = time.monotonic()
