@@ -142,7 +142,7 @@ class Asker:
         self._wanted = [
             [module.InferRequestedOutput(name) for name in ("model_version", "score")] for module in modules
         ]
-        self._failures = (*request_errors(), TimeoutError, ClientError)
+        self._failures: tuple[type[BaseException], ...] = (*request_errors(), TimeoutError, ClientError)
         self.rows: list[tuple[float, float, float, int, int, int, float, int]] = []
         self.errors: list[str] = []
 
