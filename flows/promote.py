@@ -195,7 +195,7 @@ def prove(here: Settings, candidate: "TrainedModel", card: "ModelCard", staged: 
         load_network(here.mlflow_tracking_uri, candidate.name, candidate.version),
         staged,
         champion,
-        Bench(here.serving_root, here.triton_python, here.cpu_accelerator, limits.evaluation_concurrency),
+        Bench(here.serving_root, here.triton_python, here.cpu_accelerator, limits.evaluation_concurrency, here.triton),
         load_reference(here.mlflow_tracking_uri, candidate.name, candidate.version),
     )
     return replace(proof, evidence=with_cohorts(proof.evidence, here.store, dataset))

@@ -3,9 +3,12 @@ champion on the same photographs. Measures; `gates` judges.
 """
 
 import hashlib
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -19,11 +22,18 @@ from tasks.engine_passport import read_passport
 from tasks.gates import Evidence, accuracy
 from tasks.images import decode
 from tasks.inference import Accelerator, open_network
-from tasks.model_repository import NETWORK_FILE, PLAN_FILE, REFERENCE_FILE
+from tasks.model_repository import NETWORK_FILE, PLAN_FILE, REFERENCE_FILE, front_doors
 from tasks.parity import RETRAINED, ROUNDING, Step, climb, compare, golden_indices
 from tasks.scratch import ScratchServer
 from tasks.sealed import SealedVersion, read_sealed
-from tasks.serving import ServedEvaluation, TritonAddress, evaluate_served, infer_network
+from tasks.serving import (
+    NotServed,
+    ServedEvaluation,
+    TritonAddress,
+    evaluate_served,
+    infer_network,
+    requests_answered,
+)
 from tasks.storage import Store
 
 if TYPE_CHECKING:
@@ -34,6 +44,8 @@ SAME_PRECISION: Final = ("PyTorch", "ONNX")
 PROBED: Final = 256  # test photographs the probe load asks about during a switch
 GOLDEN_POOL: Final = 2000  # validation images among which the golden ones are looked for
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,12 +144,15 @@ class Proof:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where a candidate is proven: Python of the serving environment, CPU runtime, requests in flight."""
+    """Where a candidate is proven: Python of the serving environment, CPU runtime, requests in flight. live: the server in
+    production, whose load meanwhile is told beside the latencies.
+    """
 
     serving_root: Path
     serving_python: Path
     accelerator: Accelerator
     concurrency: int
+    live: TritonAddress | None = None
 
 
 def gather(
@@ -183,7 +198,8 @@ def prove(
                 server.address, sealed.model, golden, sealed, bench.concurrency
             ).probabilities,
         }
-        served = evaluate_served(server.address, sealed.model, test.encoded, sealed, bench.concurrency)
+        with beside(bench) as load:
+            served = evaluate_served(server.address, sealed.model, test.encoded, sealed, bench.concurrency)
     final = [*runs][-1]
     evidence = Evidence(
         rule=sealed.rule,
@@ -196,9 +212,31 @@ def prove(
         probabilities=served.probabilities,
         champion=None if champion is None else champion_decisions(champion, test, sealed.rule, bench.accelerator),
     )
-    return Proof(
-        evidence, Golden(pixels, in_process[final]), tuple(test.encoded[:PROBED]), figures_of(evidence, served)
-    )
+    figures = figures_of(evidence, served) | load
+    return Proof(evidence, Golden(pixels, in_process[final]), tuple(test.encoded[:PROBED]), figures)
+
+
+@contextmanager
+def beside(bench: Bench) -> Iterator[dict[str, float]]:
+    """What else the machine did in the block, filled in at its end: requests a second that the live server answered, and the
+    machine's load over the last minute (runnable processes for each processor).
+    """
+    found: dict[str, float] = {}
+    models = front_doors(bench.serving_root)
+    before, began = _answered(bench.live, models), time.monotonic()
+    yield found
+    after, seconds = _answered(bench.live, models), time.monotonic() - began
+    if before is not None and after is not None:
+        found["live_requests_per_second"] = max(after - before, 0) / seconds
+    found["machine_load"] = os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
+def _answered(live: TritonAddress | None, models: Sequence[str]) -> int | None:
+    try:
+        return requests_answered(live, models) if live else None
+    except NotServed as gone:  # a first version is proven before the server serves anything
+        log.warning("the live server's load is not known: %s", gone)
+        return None
 
 
 def steps(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tasks.model import ImageNetwork
 
 CHAMPION: Final = "champion"
+STAGED: Final = "staged"  # served for testing (flows/stage.py)
 CARD, WEIGHTS, MLMODEL = "model/model.json", "model/weights.safetensors", "model/MLmodel"
 EVALUATION, PROMOTION = "evaluation.json", "promotion.json"
 REFERENCE, STATISTICS = "reference/outputs.npz", "reference/statistics.parquet"

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -98,6 +98,17 @@ def is_version_ready(address: TritonAddress, model: str, version: int | None = N
             return bool(client.is_model_ready(model, "" if version is None else str(version)))
         except request_errors():
             return False
+
+
+def requests_answered(address: TritonAddress, models: Collection[str]) -> int:
+    """How many requests these models have answered or refused since the server loaded them. Raises NotServed."""
+    with _http(address) as client:
+        try:
+            found = client.get_inference_statistics()["model_stats"]
+        except request_errors() as error:
+            raise NotServed(f"the statistics of {address.http} cannot be read: {error}") from error
+    counts = [each["inference_stats"] for each in found if each["name"] in models]
+    return sum(int(each["success"].get("count", 0)) + int(each["fail"].get("count", 0)) for each in counts)
 
 
 def infer_front_door(

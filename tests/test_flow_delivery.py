@@ -95,7 +95,9 @@ def test_a_good_candidate_comes_in_by_steps_and_takes_over(here, register_prints
     second = promote("stepwise", 2, LIMITS, delivery=HOW, return_state=True)
     assert second.name == "Promoted", second.message
     assert versions == {1, 2} and refused == []
-    gates = [gate["name"] for gate in ledger.read_ledger(here.store, "stepwise")[-1].evidence["gates"]]
+    evidence = ledger.read_ledger(here.store, "stepwise")[-1].evidence
+    assert evidence["live_requests_per_second"] > 1 and evidence["machine_load"] > 0  # beside the latencies
+    gates = [gate["name"] for gate in evidence["gates"]]
     assert [name for name in gates if name.startswith("delivery")] == [
         "delivery, shadow",
         "delivery, canary, 0.5 of the requests",
