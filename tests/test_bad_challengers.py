@@ -26,7 +26,7 @@ from tasks.serving import infer_front_door, is_version_ready
 from tasks.tracking import open_run
 from tasks.training import predict
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MODEL, NETWORK = "castings", "castings_onnx_16"
 RULE = DecisionRule(("good", "worn"), ("worn",), 0.5)
 LIMITS = Limits(
