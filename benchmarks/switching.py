@@ -1,7 +1,7 @@
 """What benchmarks/swap.py switches, and where: the services, four versions of one small network, and one switch of champion.
 
-A switch goes the way of the promote flow once the gates held: staged, announced, published, loaded, its golden answers
-compared, routed, told to ledger, alias and event.
+A switch goes the way of the promote flow once the gates held: staged, kept on S3, announced, published, loaded, its golden
+answers compared, routed, told to ledger, alias and event.
 """
 
 import io
@@ -35,7 +35,7 @@ MODEL, SIZE, VERSIONS = (
     (1, 2, 3, 4),
 )  # three stay on the server (old, new, previous): one comes, one goes
 ROLL_BACK_EVERY: Final = 10
-STEPS: Final = ("stage", "announce", "publish, load, check", "route", "ledger, alias, event")
+STEPS: Final = ("stage, keep", "announce", "publish, load, check", "route", "ledger, alias, event")
 WHO: Final = "benchmarks.swap"
 
 
@@ -215,10 +215,12 @@ def described(version: int, model: str = MODEL) -> SealedVersion:
 def promote(bench: Bench, version: int) -> Switch:
     """What flows/promote.py does once the gates held."""
     from tasks.swap import bring_up
+    from tasks.version_store import upload_version
 
     place, moments = bench.place, [time.monotonic()]
     sealed = described(version, place.model)
     staged = stage_version(place.root, bench.networks[version], sealed)
+    upload_version(place.store, staged, bench.golden[version])
     moments.append(time.monotonic())
     intention = intend(place, PROMOTED, version, WHO, "it is its turn", {})
     moments.append(time.monotonic())
