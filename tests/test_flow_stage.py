@@ -48,10 +48,11 @@ def address_on_the_page(within: float = 60.0) -> TritonAddress:
     raise AssertionError("no page says where the version is served")
 
 
+@pytest.mark.slow
 def test_a_registered_version_answers_where_its_page_says_until_its_time_is_over(here, register_prints, prints):
     register_prints("rehearsed", versions=2)
     states = []
-    run = threading.Thread(target=lambda: states.append(stage("rehearsed", 1, minutes=0.4, return_state=True)))
+    run = threading.Thread(target=lambda: states.append(stage("rehearsed", 1, minutes=1, return_state=True)))
     run.start()
     address = address_on_the_page()
     answer = infer_front_door(address, "rehearsed", prints.encoded["test"][0])

@@ -1,10 +1,16 @@
 """Progressive delivery on a live server, under traffic: who answers whom, what ends it, and that every client is answered."""
 
 import itertools
+import os
+import pickle
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -31,6 +37,7 @@ from tasks.rollout import Server, deliveries, roll_out
 from tasks.routing import Route, RoutingTable, promoted, read_routing, replace_routing, write_routing
 from tasks.serving import NotServed, infer_front_door, is_version_ready, load_model
 
+ROOT = Path(__file__).parents[1]
 LOOSE = Delivery(
     shadow_requests=30,
     canary=(Canary(share=0.5),),
@@ -334,3 +341,56 @@ def test_requests_without_an_answer_stay_out_of_what_drift_looks_at(
     window = read_window(store, "undisturbed", 2, 100, datetime.now(UTC) - timedelta(hours=1))
     assert len(window) == answered.count(2)
     assert decide(window.probabilities, describe("undisturbed", 2).rule).shape == (len(window),)
+
+
+KILLED = """
+import pickle, sys
+from tasks import rollout
+
+rollout.LOOK_EVERY, rollout.LEASE = 0.2, 3.0
+server, store, staged, golden, how = pickle.load(open(sys.argv[1], "rb"))
+rollout.roll_out(server, store, staged, golden, how, 60_000.0, "test", lambda stage, total: print(stage.name, flush=True))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["shadow", "canary"])
+def test_a_delivery_that_is_killed_leaves_the_champion_alone_and_the_next_one_goes_through(
+    produced, candidate, store, small_network, images, tmp_path, moment
+):
+    model = f"killed_in_{moment}"
+    server = produced(model)
+    staged, golden = candidate(model, small_network(1))
+    how = LOOSE.model_copy(update={"canary_requests": 5000} if moment == "canary" else {"shadow_requests": 5000})
+    job = tmp_path / "job"
+    job.write_bytes(pickle.dumps((server, store, staged, golden, how)))
+    with Traffic(server.address, model, images) as traffic:
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(job)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(moment):
+                break
+        if moment == "canary":
+            eventually(lambda: 2 in traffic.versions)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(3.5)
+        killed = time.time()
+        time.sleep(1.0)
+        assert {version for at, version in traffic.answers if at > killed} == {1}
+        gates = delivered(server, store, staged, golden)
+    assert [gate.held for gate in gates] == [True, True]
+    assert traffic.refused == [] and read_routing(server.root, model).challenger is None
+    assert is_version_ready(server.address, network_name(model, 32), 2)
+
+
+def eventually(true, within: float = 30.0) -> None:
+    deadline = time.monotonic() + within
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
