@@ -202,7 +202,7 @@ class TritonPythonModel:
             for job, refusal in failed:
                 job.response = _refused(refusal)
             return
-        for job, refusal in failed:
+        for job, _ in failed:
             try:
                 job.image, job.pixels = _pixels(job.request, champion.version)
             except Refused as unreadable:
