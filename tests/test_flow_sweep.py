@@ -21,12 +21,15 @@ from tasks.dataset import newest_version
 from tasks.followers import read_followers
 from tasks.ledger import read_ledger
 from tasks.lost import BATCH_SEALED, MODEL_REGISTERED, VERSION_CREATED
+from tasks.model_repository import install_front_door, publish_version, stage_version
 from tasks.recipe import Augmentation, TrainConfig
 from tasks.registry import champion_version, newest_registration
 from tasks.routing import Route, RoutingTable, replace_routing
+from tasks.sealed import SealedVersion
 from tasks.start import StartRule
 from tasks.storage import Store, write_many
 from tasks.transaction import Place, intend
+from tasks.version_store import stored_networks
 
 AT_ONCE = SweepOptions(grace_minutes=0, quiet_minutes=0)
 QUICK = TrainConfig(
@@ -292,3 +295,16 @@ def test_a_switch_whose_records_were_never_written_is_completed_once_it_is_old_e
     assert (entry.who, entry.why, entry.evidence["served_accuracy"]) == ("flow-run/dead", "all gates held", 0.9)
     assert entry.evidence["completed_by"].startswith("flow-run/") and champion_version(place.tracking_uri, name) == 1
     assert "half-switched" not in (sweep(AT_ONCE, return_state=True).message or "")
+
+
+def test_what_answers_and_is_not_on_s3_is_uploaded_so_that_a_lost_server_can_be_restored(
+    here: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, describe: Callable[..., SealedVersion]
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"a network")
+    publish_version(tmp_path, stage_version(tmp_path, tmp_path / "model.onnx", describe("unkept", 3)))
+    install_front_door(tmp_path, "unkept")
+    replace_routing(tmp_path, RoutingTable("unkept", Route("unkept_onnx_32", 3)))
+    monkeypatch.setattr("flows.sweep.settings", lambda: here.model_copy(update={"serving_root": tmp_path}))
+    assert "unkept_onnx_32 version 3 was not on S3" in (sweep(AT_ONCE, return_state=True).message or "")
+    assert stored_networks(here.store, "unkept", 3) == ["unkept_onnx_32"]
+    assert "unkept" not in (sweep(AT_ONCE, return_state=True).message or "")
