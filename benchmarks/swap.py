@@ -102,22 +102,22 @@ def answered_per_second(bench: Bench, seconds: float, folder: Path) -> float:
     return float(len(rows) / (rows["answered"].max() - rows["sent"].min()))
 
 
-def memory(bench: Bench, within: float = 5.0) -> int | None:
+def memory(bench: Bench, within: float = 15.0) -> int | None:
     """Bytes of the server and its model processes, what several of them map counted once (PSS), as soon as the version that
-    was unloaded is gone; None where another number of versions is loaded than usual, as after a rollback.
+    was unloaded is gone; None where fewer versions are loaded than usual, as after a rollback, or more stay on.
     """
     launcher, network = psutil.Process(bench.server), network_name(bench.place.model, SIZE)
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         found = versions = 0
-        for process in (launcher, *launcher.children(recursive=True)):
-            try:
+        try:
+            for process in (launcher, *launcher.children(recursive=True)):
                 versions += any(part.startswith(f"{network}_") for part in process.cmdline())
                 found += process.memory_full_info().pss
-            except psutil.NoSuchProcess:
-                versions += LOADED  # it went while it was looked at: look again
-        if versions == LOADED:
-            return found
+        except psutil.NoSuchProcess:  # it went while it was looked at
+            versions = LOADED + 1
+        if versions <= LOADED:
+            return found if versions == LOADED else None
         time.sleep(0.2)
     return None
 

@@ -140,7 +140,7 @@ def bench(store, mlflow_uri, prefect_server, triton, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_few_switches_under_both_loads_fail_nobody_and_are_all_written_down(bench, tmp_path):
     figures = measure(bench, swaps=5, watched=2, seconds=1.0, folder=tmp_path)
     held = {name: (held, measured) for name, measured, _, held in verdicts(figures)}
@@ -152,7 +152,7 @@ def test_a_few_switches_under_both_loads_fail_nobody_and_are_all_written_down(be
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_photograph_nobody_can_read_and_a_switch_nobody_announced_are_counted(bench, tmp_path):
     place, images = bench.place, tmp_path / "images"
     images.mkdir()
