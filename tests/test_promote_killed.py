@@ -145,6 +145,7 @@ def test_whichever_write_a_switch_dies_at_one_version_answers_and_the_rerun_conv
     first = run(job(1))
     assert first.returncode == 0, first.stderr[-2000:]
     undisturbed = run(job(2))
+    assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
     writes = undisturbed.stdout.split("writes ")[1].split()
     assert {"s3", "rename", "replace", "alias", "event"} <= set(writes)
     version, seen, uploaded = 2, set(), set()
