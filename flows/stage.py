@@ -105,7 +105,9 @@ It has passed no gate. Production answers as before.
 
 def keep(server: "ScratchServer", until: datetime) -> None:
     """Waits until then. Raises RuntimeError with the server's last words when it ends before."""
+    from tasks.scratch import last_words
+
     while (left := (until - datetime.now(UTC)).total_seconds()) > 0:
         if not server.is_running:
-            raise RuntimeError(f"the server ended before its time: {server.log()[-2000:]}")
+            raise RuntimeError(f"the server ended before its time: {last_words(server.log())}")
         time.sleep(min(1.0, left))

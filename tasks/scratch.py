@@ -6,6 +6,7 @@ No request ever gets an answer from a version that has not passed its gates: can
 import fcntl
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ from tasks.routing import Route, RoutingTable, write_routing
 from tasks.sealed import SealedVersion
 from tasks.serving import NotServed, TritonAddress, is_version_ready
 
+_FRAME = re.compile(r"\s*\d+# ")
 LAUNCHER: Final = Path(__file__).parents[1] / "triton" / "launch.py"
 
 
@@ -80,7 +82,7 @@ class ScratchServer:
                     return
                 break
             time.sleep(0.1)
-        raise NotServed(f"the scratch server does not serve {sealed.model}: {self.log()[-2000:]}")
+        raise NotServed(f"the scratch server does not serve {sealed.model}: {last_words(self.log())}")
 
     def cpu_seconds(self) -> float:
         """Processor time that the server and its model processes have used so far."""
@@ -113,6 +115,12 @@ class ScratchServer:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def last_words(log: str, characters: int = 2000) -> str:
+    """The end of a server's log without the addresses of a stack, which would push what went wrong out of it."""
+    told = [line for line in log.splitlines() if not _FRAME.match(line)]
+    return "\n".join(told)[-characters:]
 
 
 def remove_abandoned(beside: Path, older_than: float = 3600.0) -> None:
