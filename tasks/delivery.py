@@ -168,9 +168,9 @@ def stages(how: Delivery) -> tuple[Stage, ...]:
 
 def gate(stage: Stage, total: Tally, how: Delivery, why_not: str = "") -> Gate:
     """The step as a gate of the promotion. total: over all steps so far. why_not: it ended for a reason that is no rate."""
-    found = rates(total, how)
+    found = [each for each in rates(total, how) if each.seen.trials]
     above = [each for each in found if each.is_above]
-    measured = f"{stage.done} answers in this step; " + "; ".join(str(each) for each in (above or found))
+    measured = "; ".join([f"{stage.done} answers in this step", *(str(each) for each in (above or found))])
     if why_not:
         measured = f"{why_not}; {measured}"
     held = not above and not why_not and stage.done >= stage.needed
@@ -180,12 +180,16 @@ def gate(stage: Stage, total: Tally, how: Delivery, why_not: str = "") -> Gate:
 def as_markdown(title: str, stage: Stage, total: Tally, how: Delivery, gates: Sequence[Gate] = ()) -> str:
     """Where the delivery stands, for people. gates: of the steps that ended."""
     lines = [f"# {title}", ""]
-    lines += [f"- **{each.name}** {'passed' if each.held else 'ended it'}: {each.measured}" for each in gates]
+    for each in gates:
+        told = f"passed: {each.measured.split(';')[0]}" if each.held else f"ended it: {each.measured}"
+        lines.append(f"- **{each.name}** {told}")
     if not gates:
         lines.append(f"Step: {stage.name}, {stage.done} of {stage.needed} answers.")
     lines += ["", "| rate | seen | lies between | limit |", "| --- | --- | --- | --- |"]
     for each in rates(total, how):
         seen = each.seen
+        if gates and not seen.trials:
+            continue  # no class is a defect, or none came
         above = "**above** " if each.is_above else ""
         between = f"{seen.lower:.2%} and {seen.upper:.2%}" if seen.trials else "not seen yet"
         lines.append(f"| {each.what} | {seen.events} of {seen.trials} | {above}{between} | {each.limit:.2%} |")
