@@ -41,7 +41,7 @@ def address_on_the_page(within: float = 60.0) -> TritonAddress:
             found = client.request("POST", "/artifacts/filter", json=body).json()
         if found:
             http, grpc = (
-                re.search(rf"Triton, {name} \\| `([^`]+)`", found[-1]["data"])[1] for name in ("HTTP", "gRPC")
+                re.search(rf"Triton, {name} \| `([^`]+)`", found[-1]["data"])[1] for name in ("HTTP", "gRPC")
             )
             return TritonAddress(http, grpc)
         time.sleep(0.2)
