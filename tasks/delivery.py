@@ -180,9 +180,9 @@ def gate(stage: Stage, total: Tally, how: Delivery, why_not: str = "") -> Gate:
 def as_markdown(title: str, stage: Stage, total: Tally, how: Delivery, gates: Sequence[Gate] = ()) -> str:
     """Where the delivery stands, for people. gates: of the steps that ended."""
     lines = [f"# {title}", ""]
-    for each in gates:
-        told = f"passed: {each.measured.split(';')[0]}" if each.held else f"ended it: {each.measured}"
-        lines.append(f"- **{each.name}** {told}")
+    for step in gates:
+        told = f"passed: {step.measured.split(';')[0]}" if step.held else f"ended it: {step.measured}"
+        lines.append(f"- **{step.name}** {told}")
     if not gates:
         lines.append(f"Step: {stage.name}, {stage.done} of {stage.needed} answers.")
     lines += ["", "| rate | seen | lies between | limit |", "| --- | --- | --- | --- |"]

@@ -40,9 +40,7 @@ def address_on_the_page(within: float = 60.0) -> TritonAddress:
         with get_client(sync_client=True) as client:
             found = client.request("POST", "/artifacts/filter", json=body).json()
         if found:
-            http, grpc = (
-                re.search(rf"Triton, {name} \| `([^`]+)`", found[-1]["data"])[1] for name in ("HTTP", "gRPC")
-            )
+            http, grpc = (re.search(rf"Triton, {name} \| `([^`]+)`", found[-1]["data"])[1] for name in ("HTTP", "gRPC"))
             return TritonAddress(http, grpc)
         time.sleep(0.2)
     raise AssertionError("no page says where the version is served")
