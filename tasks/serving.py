@@ -104,7 +104,7 @@ def requests_answered(address: TritonAddress, models: Collection[str]) -> int:
     """How many requests these models have answered or refused since the server loaded them. Raises NotServed."""
     with _http(address) as client:
         try:
-            found = client.get_inference_statistics()["model_stats"]
+            found = client.get_inference_statistics(headers=_admin(address))["model_stats"]
         except request_errors() as error:
             raise NotServed(f"the statistics of {address.http} cannot be read: {error}") from error
     counts = [each["inference_stats"] for each in found if each["name"] in models]
