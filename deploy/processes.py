@@ -2,10 +2,14 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Final
 
 import psutil
 
 from deploy.stack import SERVICE_MARK, STACK_MARK
+
+FLOW_RUN_MARK: Final = "PREFECT__FLOW_RUN_ID"  # as Prefect's workers mark the processes they start
 
 
 def processes_of(stack_id: str, service: str | None = None) -> list[psutil.Process]:
@@ -17,6 +21,15 @@ def processes_of(stack_id: str, service: str | None = None) -> list[psutil.Proce
         for process in psutil.process_iter()
         if process.pid not in excluded and _carries(process, stack_id, service)
     ]
+
+
+def flow_runs_of(stack_id: str) -> set[str]:
+    """Ids of the flow runs that have a living process of this stack."""
+    found = set()
+    for process in processes_of(stack_id):
+        with suppress(psutil.Error):  # gone meanwhile
+            found.add(process.environ().get(FLOW_RUN_MARK, ""))
+    return found - {""}
 
 
 def _carries(process: psutil.Process, stack_id: str, service: str | None) -> bool:

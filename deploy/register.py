@@ -7,18 +7,23 @@ the blocks of the embedded store, and the deployments of prefect.yaml. Everythin
 import asyncio
 import shlex
 import sys
+from collections.abc import Callable, Collection
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from deploy.launch import wait_for
+from deploy.processes import flow_runs_of
 from deploy.recipes import deploy_all
 from deploy.stack import POOLS, SOURCE, Stack, read_stack
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.objects import FlowRun
 
 LIMITS: Final = {"gpu": 1}  # runs of one work pool at a time
 HEARTBEATS_MISSED: Final = 180  # seconds; a heartbeat comes every 30 s (deploy/stack.py)
+STARTING: Final = 60.0  # seconds from the moment a worker takes a run to that run's process, at most
 ZOMBIES: Final = "crash runs whose process died"
 
 
@@ -92,12 +97,47 @@ async def register_automations(client: "PrefectClient") -> None:
         await client.create_automation(automation)
 
 
-async def register_all() -> None:
+async def crash_orphans(client: "PrefectClient", alive: Callable[[], Collection[str]]) -> list[str]:
+    """Runs that were under way when the stack ended lost their processes with it, and their hearts stopped while nobody
+    listened: marked Crashed, else they would hold their deployment's place for ever. alive: ids of runs that have a process,
+    asked after the runs were listed. Names of the runs that had none.
+    """
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        WorkPoolFilter,
+        WorkPoolFilterName,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    under_way = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    found = await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=under_way))),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=list(POOLS))),
+    )
+    living, now = alive(), datetime.now(UTC)
+    orphans = [run for run in found if str(run.id) not in living and not _is_starting(run, now)]
+    for run in orphans:
+        await client.set_flow_run_state(run.id, Crashed(message="The process of this run ended with its stack"))
+    return [run.name for run in orphans]
+
+
+def _is_starting(run: "FlowRun", now: datetime) -> bool:
+    """Whether its worker may be just about to start its process."""
+    state = run.state
+    return state is not None and state.is_pending() and (now - state.timestamp).total_seconds() < STARTING
+
+
+async def register_all(stack: Stack) -> None:
     from prefect.client.orchestration import get_client
 
     async with get_client() as client:
         await register_pools(client)
         await register_automations(client)
+        for name in await crash_orphans(client, lambda: flow_runs_of(stack.id)):
+            print(f"{name} had lost its process when the stack ended: marked Crashed")
 
 
 def register_blocks(stack: Stack) -> None:
@@ -122,7 +162,7 @@ def main() -> None:
 
     stack = read_stack(Path(sys.argv[1]))
     wait_for([f"{stack.prefect_url}/api/health"])
-    asyncio.run(register_all())
+    asyncio.run(register_all(stack))
     deploy_all(SOURCE / "prefect.yaml")
     register_blocks(stack)
 
