@@ -3,17 +3,14 @@
 import threading
 import uuid
 from dataclasses import replace
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from prefect.client.orchestration import get_client
-from pydantic import SecretStr
 
 from flows import delivery as delivery_step
 from flows.promote import promote
-from flows.settings import Settings
 from tasks import ledger, registry, rollout
 from tasks.dataset import open_version
 from tasks.decision import DecisionRule
@@ -30,20 +27,8 @@ HOW = Delivery(shadow_requests=30, canary=(Canary(share=0.5),), canary_requests=
 
 
 @pytest.fixture(scope="module")
-def here(store, mlflow_uri, prefect_server, triton):
-    found = Settings(
-        s3_bucket=store.bucket,
-        s3_endpoint_url=store.endpoint_url,
-        s3_access_key_id=store.access_key_id,
-        s3_secret_access_key=SecretStr(store.secret_access_key),
-        mlflow_tracking_uri=mlflow_uri,
-        serving_root=triton.root,
-        triton_http=triton.address.http,
-        triton_grpc=triton.address.grpc,
-        triton_admin_key=SecretStr(triton.address.admin_key),
-        triton_python=Path(__file__).parents[1] / ".venv-triton" / "bin" / "python",
-        capture_share=1.0,
-    )
+def here(stack_settings):
+    found = stack_settings.model_copy(update={"capture_share": 1.0})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flows.promote.settings", lambda: found)
         patch.setattr(rollout, "LOOK_EVERY", 0.5)
