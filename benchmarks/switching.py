@@ -5,6 +5,7 @@ answers compared, routed, told to ledger, alias and event.
 """
 
 import io
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from deploy import services
 from deploy.running import Running, running
+from tasks.courtesy import may_return_to
 from tasks.model_repository import FrontDoor, install_front_door, network_name, stage_version
 from tasks.routing import Route, promoted, read_routing, replace_routing
 from tasks.sealed import SealedVersion
@@ -255,6 +257,21 @@ def switch(bench: Bench, number: int) -> Switch:
     """The switch of that number, counted from 1: to the next version in turn, or back."""
     table = read_routing(bench.place.root, bench.place.model)
     assert table is not None
-    if number % ROLL_BACK_EVERY == 0 and table.previous:
-        return roll_back(bench)
-    return promote(bench, table.champion.version % len(VERSIONS) + 1)
+    with _giving_way():
+        if number % ROLL_BACK_EVERY == 0 and table.previous:
+            return roll_back(bench)
+        return promote(bench, table.champion.version % len(VERSIONS) + 1)
+
+
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """This thread at the priority of a flow run of the stack, whose workers give way to the server."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    if not may_return_to(before):
+        yield
+        return
+    os.setpriority(os.PRIO_PROCESS, 0, before + services.GIVES_WAY)
+    try:
+        yield
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, before)

@@ -37,8 +37,10 @@ def start(service: services.Service, log: Path, timeout: float = 60) -> Running:
             cwd=service.directory,
             stdout=output,
             stderr=output,
-            start_new_session=True,
+            process_group=0,  # and not a session: its niceness would count among its own processes only (sched_autogroup)
         )
+    if service.nice:
+        os.setpriority(os.PRIO_PGRP, process.pid, os.getpriority(os.PRIO_PGRP, process.pid) + service.nice)
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:

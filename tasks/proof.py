@@ -331,7 +331,8 @@ def check_golden(address: TritonAddress, sealed: SealedVersion, golden: Golden) 
     """Ask exactly this version of the network model for the golden images. Raises RuntimeError when a decision differs
     from the sealed artifact's: the server then runs something else than what was proven.
     """
-    rung = compare("sealed -> live", golden.probabilities, network_answers(address, sealed, golden.pixels), sealed.rule)
+    answers = network_answers(address, sealed, golden.pixels, batch=1)  # the version in force has requests between them
+    rung = compare("sealed -> live", golden.probabilities, answers, sealed.rule)
     if rung.flips:
         raise RuntimeError(
             f"{sealed.network} version {sealed.version} on the live server decides {rung.flips} of {rung.images} golden "

@@ -7,39 +7,38 @@ from pathlib import Path
 
 import pytest
 
-from tasks import courtesy
-from tasks.courtesy import come_back, may_return_to, step_aside
+from tasks.courtesy import may_return_to
 
-ASIDE = """
+BACK = """
 import os, threading
-from tasks.courtesy import come_back, step_aside
+from tasks.courtesy import come_back
 def now(): return [os.getpriority(os.PRIO_PROCESS, int(each)) for each in os.listdir("/proc/self/task")]
-start = now()[0]
-before = step_aside(start + 7)
 started, stop = threading.Event(), threading.Event()
 threading.Thread(target=lambda: (started.set(), stop.wait())).start()
 started.wait()
 aside = now()
-come_back(before)
-print(start, before, aside, now())
+come_back()
+print(aside, now())
 stop.set()
 """
+ROOT = Path(__file__).parents[1]
 
 
-def test_every_thread_comes_back():
-    if not may_return_to(os.getpriority(os.PRIO_PROCESS, 0)):
+def niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def test_every_thread_comes_back_to_the_priority_of_the_process_that_started_it():
+    if not may_return_to(niceness()):
         pytest.skip("this account may not raise its priority again")
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", ASIDE], cwd=root, capture_output=True, text=True, check=True)
-    start = os.getpriority(os.PRIO_PROCESS, 0)
-    assert done.stdout.strip() == f"{start} {start} {[start + 7] * 2} {[start] * 2}"
+    command = ["nice", "-n", "7", sys.executable, "-c", BACK]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{[niceness() + 7] * 2} {[niceness()] * 2}"
 
 
-def test_where_it_could_not_come_back_nothing_is_done(monkeypatch):
-    monkeypatch.setattr(courtesy, "may_return_to", lambda nice: False)
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    assert step_aside(19) is None and os.getpriority(os.PRIO_PROCESS, 0) == before
-    come_back(None)
+def test_one_that_was_never_lowered_stays_where_it_is():
+    done = subprocess.run([sys.executable, "-c", BACK], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{[niceness()] * 2} {[niceness()] * 2}"
 
 
 def test_an_account_without_the_right_is_recognised():
@@ -47,11 +46,6 @@ def test_an_account_without_the_right_is_recognised():
     script = "import os; os.setuid(65534); print(*map(tasks.courtesy.may_return_to, (-20, 20)))"
     if os.geteuid():
         pytest.skip("only root can become somebody else")
-    root = Path(__file__).parents[1]
-    asked = f"import sys; sys.path.insert(0, {str(root)!r}); import tasks.courtesy; {script}"
+    asked = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tasks.courtesy; {script}"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
-
-
-def test_one_that_is_lower_already_stays_where_it_is():
-    assert step_aside(os.getpriority(os.PRIO_PROCESS, 0)) is None

@@ -1,7 +1,9 @@
 """The client side of Triton, and the scratch server in which candidates are proven."""
 
+import http.client
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -123,6 +125,37 @@ def test_loading_says_what_was_asked_and_what_the_server_said(triton, sealed, no
         load_model(nobody, MODEL)
     with pytest.raises(NotServed, match=r"failed: .*restricted"):
         load_model(replace(triton.address, admin_key=None), MODEL)
+
+
+def test_a_load_holds_up_no_connection(triton, sealed, small_network, describe):
+    """Over HTTP it would: that server loads on the thread that took the call, to which a quarter of all connections belong."""
+    network = network_name("beside", 32)
+    publish_version(triton.root, stage_version(triton.root, small_network(), describe("beside")))
+    loaded, waited = threading.Event(), []
+
+    def ask(started: threading.Event) -> None:
+        connection = http.client.HTTPConnection(triton.address.http, timeout=60)
+        while not loaded.is_set():
+            began = time.monotonic()
+            connection.request("GET", f"/v2/models/{NETWORK}/ready")
+            assert connection.getresponse().read() == b""
+            waited.append(time.monotonic() - began)
+            started.set()
+            time.sleep(0.02)
+        connection.close()
+
+    with ThreadPoolExecutor(12) as pool:
+        began = [threading.Event() for _ in range(12)]
+        asking = [pool.submit(ask, each) for each in began]
+        assert all(each.wait(20) for each in began)
+        waited.clear()
+        since = time.monotonic()
+        load_model(triton.address, network, 1)
+        took = time.monotonic() - since
+        loaded.set()
+        for each in asking:
+            each.result(60)
+    assert max(waited) < took / 2, f"a connection waited {max(waited):.2f} s of a load of {took:.2f} s"
 
 
 def test_a_listed_version_that_triton_skipped_silently_is_found(triton, sealed):

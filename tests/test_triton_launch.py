@@ -10,10 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -21,6 +23,7 @@ import pytest
 
 from deploy import services
 from tasks import serving as client
+from tasks.courtesy import ASIDE, may_return_to
 from tasks.model_repository import install_front_door, publish_version, stage_version
 from tasks.routing import Route, promoted, write_routing
 
@@ -368,9 +371,36 @@ def test_a_load_that_failed_does_not_make_the_server_look_dead(triton):
 
 def test_the_backend_files_are_copies_that_the_server_accepts(triton):
     files = [path for path in (triton.root / "backends").rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    assert {path.parent.name for path in files} == {"python", "onnxruntime"}
+    assert {path.parent.name for path in files} - {"stub"} == {"python", "onnxruntime"}
     assert not any(path.is_symlink() for path in files)
     assert os.access(triton.root / "backends" / "python" / "triton_python_backend_stub", os.X_OK)
+
+
+def test_the_process_of_a_network_begins_at_a_low_priority_and_answers_at_that_of_the_server(
+    triton, small_network, describe
+):
+    if not may_return_to(os.getpriority(os.PRIO_PROCESS, 0)):
+        pytest.skip("this account may not raise its priority again")
+    put(triton.root, "aside", small_network(), describe)
+    server, seen, loaded = server_of(triton), set(), threading.Event()
+
+    def watch() -> None:
+        while not loaded.is_set():
+            for process in server.children():
+                with suppress(psutil.Error):
+                    if any("/aside_onnx_32/" in part for part in process.cmdline()[1:2]):
+                        seen.add(process.nice() - server.nice())
+            time.sleep(0.005)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    client.load_model(triton.address, "aside_onnx_32", 1)
+    loaded.set()
+    watching.join()
+    assert seen - {0} == {ASIDE}  # 0: the shell that becomes it, and the end
+    (process,) = [each for each in server.children() if "aside_onnx_32_0_0" in each.cmdline()]
+    threads = [int(each.name) for each in Path(f"/proc/{process.pid}/task").iterdir()]
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {server.nice()}
 
 
 def test_routed_models_are_networks_first_then_doors(tmp_path):

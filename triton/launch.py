@@ -182,14 +182,31 @@ def backends(root):
     for file in (files / "backends" / "python").iterdir():
         if file.is_file():
             shutil.copy2(file, python / file.name)
-    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    stub = python / "triton_python_backend_stub"
-    shutil.copy2(files / "python_backend_stubs" / version / stub.name, stub)
-    stub.chmod(0o755)
+    install_stub(python)
     shutil.copytree(SOURCE / "backends" / "onnxruntime", unfinished / "onnxruntime", ignore=BYTECODE)
     shutil.rmtree(directory, ignore_errors=True)
     unfinished.rename(directory)
     return directory
+
+
+def install_stub(folder):
+    """The process of a Python model. One that brings a network up begins at a low priority, before its interpreter starts:
+    its last argument is the folder of its backend, where other models have DEFAULT.
+    """
+    from tasks.courtesy import ASIDE, may_return_to
+
+    name, version = "triton_python_backend_stub", f"{sys.version_info[0]}.{sys.version_info[1]}"
+    lowered = may_return_to(os.getpriority(os.PRIO_PROCESS, 0))
+    stub = folder / "stub" / name if lowered else folder / name
+    stub.parent.mkdir(exist_ok=True)
+    shutil.copy2(installed() / "python_backend_stubs" / version / name, stub)
+    stub.chmod(0o755)
+    if lowered:
+        wrapper = folder / name
+        begin = f'exec nice -n {ASIDE} "${{0%/*}}/stub/{name}" "$@"'
+        last = "for last; do :; done"
+        wrapper.write_text(f'#!/bin/sh\n{last}\n[ "$last" = DEFAULT ] || {begin}\nexec "${{0%/*}}/stub/{name}" "$@"\n')
+        wrapper.chmod(0o755)
 
 
 def selfcheck_repository(root):

@@ -7,15 +7,12 @@ with the CPU accelerator `openvino`. The network runs through `tasks.inference`,
 import json
 from pathlib import Path
 
-from tasks.courtesy import come_back, step_aside
+import numpy as np
+import triton_python_backend_utils as pb_utils
 
-STEPPED_ASIDE = step_aside()  # before the imports that take a second of a core from the version in force
-
-import numpy as np  # noqa: E402
-import triton_python_backend_utils as pb_utils  # noqa: E402
-
-from tasks.inference import open_network  # noqa: E402
-from tasks.sealed import read_sealed  # noqa: E402
+from tasks.courtesy import come_back
+from tasks.inference import open_network
+from tasks.sealed import read_sealed
 
 OUTPUTS = ("probabilities", "embedding")
 
@@ -39,7 +36,7 @@ class TritonPythonModel:
         self._size = sealed.image_size
         for batch in range(1, int(config["max_batch_size"]) + 1):  # each batch size is compiled at its first use
             self._network(np.zeros((batch, self._size, self._size, 3), dtype=np.uint8))
-        come_back(STEPPED_ASIDE)
+        come_back()  # launch.py had this process begin at a low priority
 
     def execute(self, requests: list) -> list:
         images = [pb_utils.get_input_tensor_by_name(request, "image").as_numpy() for request in requests]
