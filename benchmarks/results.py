@@ -102,6 +102,9 @@ def main() -> None:
     parser.add_argument("protocol", choices=PROTOCOLS)
     parser.add_argument("folder", nargs="?", type=Path, help="the photographs; the solar cells come with a package")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--registered", type=int, nargs="*", default=[], help="seeds that an interrupted call has trained already"
+    )
     parser.add_argument("--state", type=Path, default=Path(".tirewatch"), help="state folder of the running stack")
     parser.add_argument("--page", type=Path, default=PAGE)
     chosen = parser.parse_args()
@@ -112,7 +115,7 @@ def main() -> None:
         for seed in chosen.seeds:
             dataset = protocol.dataset(chosen.protocol, seed)
             take_in(here, protocol, folder, dataset, seed)
-            trials.append(trained(here, protocol, dataset, seed))
+            trials.append(trained(here, protocol, dataset, seed, again=seed not in chosen.registered))
             print(json.dumps(trials[-1].metrics), flush=True)
     text = section(protocol, trials)
     chosen.page.write_text(replaced(chosen.page.read_text() if chosen.page.exists() else "# Results\n", text))
@@ -158,15 +161,22 @@ def take_in(here: "Settings", protocol: Protocol, folder: Path, dataset: str, se
     )
 
 
-def trained(here: "Settings", protocol: Protocol, dataset: str, seed: int) -> Trial:
-    """One seed. Raises SystemExit when the flow failed or registered nothing."""
+def trained(here: "Settings", protocol: Protocol, dataset: str, seed: int, again: bool = True) -> Trial:
+    """One seed; not again: the newest version that was registered with it. Raises SystemExit when the flow failed or no
+    version has that seed.
+    """
     from tasks.dataset import open_version
     from tasks.registry import load_card, newest_version, run_metrics
 
-    command = run(f"train/{protocol.recipe}", {"dataset": dataset, "seed": seed})
-    model, card = load_card(here.mlflow_tracking_uri, dataset, newest_version(here.mlflow_tracking_uri, dataset))
-    if card.seed != seed:
-        raise SystemExit(f"{dataset}: the newest version was trained with seed {card.seed}, so seed {seed} gave none")
+    deployment, parameters = f"train/{protocol.recipe}", {"dataset": dataset, "seed": seed}
+    command = run(deployment, parameters) if again else typed(deployment, parameters)
+    newest = newest_version(here.mlflow_tracking_uri, dataset)
+    numbers = (newest,) if again else range(newest, 0, -1)
+    cards = (load_card(here.mlflow_tracking_uri, dataset, number) for number in numbers)
+    found = next(((model, card) for model, card in cards if card.seed == seed), None)
+    if found is None:
+        raise SystemExit(f"{dataset}: no version of seed {seed} was registered; the newest is version {newest}")
+    model, card = found
     version = open_version(here.store, card.dataset, card.dataset_version)
     metrics = run_metrics(here.mlflow_tracking_uri, model.run_id)
     return Trial(seed, command, dataset, version.digest, version.splits, len(version.classes), metrics)
@@ -174,22 +184,30 @@ def trained(here: "Settings", protocol: Protocol, dataset: str, seed: int) -> Tr
 
 def run(deployment: str, parameters: Mapping[str, Any]) -> str:
     """`prefect deployment run`, waited for; the command as it is typed. Raises SystemExit when the run does not complete."""
-    values = [
-        word
-        for name, value in parameters.items()
-        for word in ("-p", f"{name}={value if isinstance(value, str) else json.dumps(value)}")
-    ]
     done = subprocess.run(
-        [sys.executable, "-m", "prefect", "deployment", "run", deployment, *values, "--watch"],
+        [sys.executable, "-m", "prefect", "deployment", "run", deployment, *_options(parameters), "--watch"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
-    command = shlex.join(["prefect", "deployment", "run", deployment, *values])
+    command = typed(deployment, parameters)
     if done.returncode:
         raise SystemExit(f"{command} failed:\n{done.stdout[-3000:]}")
     return command
+
+
+def typed(deployment: str, parameters: Mapping[str, Any]) -> str:
+    """The command as a person types it."""
+    return shlex.join(["prefect", "deployment", "run", deployment, *_options(parameters)])
+
+
+def _options(parameters: Mapping[str, Any]) -> list[str]:
+    return [
+        word
+        for name, value in parameters.items()
+        for word in ("-p", f"{name}={value if isinstance(value, str) else json.dumps(value)}")
+    ]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -73,6 +73,18 @@ def test_every_service_runs_and_answers_a_real_request(stack: Stack) -> None:
     assert set(health(stack)) == {service.name for service in services_of(stack)}
 
 
+def test_what_answers_no_photograph_gives_way_to_the_server(stack: Stack) -> None:
+    def lowered(service: str) -> set[int]:
+        return {process.nice() - psutil.Process().nice() for process in processes_of(stack.id, service)}
+
+    # Triton's: without a network there is nobody who stepped aside.
+    assert {name: lowered(name) for name in ("triton", "bridge", "watchdog")} == dict.fromkeys(
+        ("triton", "bridge", "watchdog"), {0}
+    )
+    behind = ("s3", "mlflow", "prefect", "worker-cpu", "worker-gpu")
+    assert {name: lowered(name) for name in behind} == dict.fromkeys(behind, {services.GIVES_WAY})
+
+
 def test_up_again_changes_nothing(stack: Stack) -> None:
     before = {name: program.pid for name, program in Supervisor(stack).programs().items()}
     assert local.up(stack.state, silent) == stack
