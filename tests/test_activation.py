@@ -3,10 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from deploy import dataset as commands
+from deploy.cli import app
 from tasks import activation, storage
 from tasks.activation import activate
 from tasks.archive import InvalidArchive, key_id, make_keys, signing_key, trusted_key
@@ -115,6 +119,37 @@ def test_what_is_a_rehearsal_was_trained_here_or_never_arrived_is_refused_and_no
     with pytest.raises(LookupError, match="trained_here v1 was trained here and not imported: prove it with promote"):
         activate(plant, triton.address, "trained_here", 1, "user/anna@plant", "why not", 0.0)
     assert read_routing(plant.root, MODEL) == before and read_routing(plant.root, "trained_here") is None
+
+
+def test_on_the_command_line_it_says_what_answers_and_a_refusal_is_one_sentence(
+    plant, triton, stack_settings, monkeypatch
+):
+    """After the rollback above version 2 answers. What stands in for a stack's folder is only its addresses."""
+    secret = stack_settings.triton_admin_key.get_secret_value()
+    found = {
+        "TIREWATCH_S3_BUCKET": plant.store.bucket,
+        "TIREWATCH_S3_ENDPOINT_URL": plant.store.endpoint_url,
+        "TIREWATCH_S3_ACCESS_KEY_ID": plant.store.access_key_id,
+        "TIREWATCH_S3_SECRET_ACCESS_KEY": plant.store.secret_access_key,
+        "TIREWATCH_SERVING_ROOT": str(plant.root),
+        "TIREWATCH_TRITON_HTTP": triton.address.http,
+        "TIREWATCH_TRITON_GRPC": triton.address.grpc,
+        "TIREWATCH_TRITON_ADMIN_KEY": secret,
+        "TIREWATCH_MLFLOW_TRACKING_URI": plant.tracking_uri,
+    }
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(commands, "read_stack", lambda state: SimpleNamespace(environment=lambda: found))
+    said = CliRunner().invoke(app, ["version", "activate", MODEL, "3", "--why", "the line was told"])
+    assert said.exit_code == 0, said.output
+    assert "sent v3 answers instead of v2; 0 failed, " in said.output
+    assert "golden photographs on this machine: " in said.output
+    entry = read_ledger(plant.store, MODEL)[-1]
+    assert (entry.version, entry.why) == (3, "the line was told") and entry.who.startswith("user/")
+    again = CliRunner().invoke(app, ["version", "activate", MODEL, "3", "--why", "twice"])
+    assert again.exit_code == 1 and "error sent v3 is the champion already" in again.output
+    assert secret not in said.output + again.output
+    roll_back(plant.root, triton.address, plant.store, plant.tracking_uri, MODEL, "user/anna@plant", "told enough")
 
 
 def test_a_version_that_decides_otherwise_here_is_not_announced(plant, triton, tmp_path):
