@@ -173,7 +173,7 @@ def export(here: Settings, candidate: "TrainedModel", card: "ModelCard", artifac
         exported = export_network(network, card.image_size, Path(folder), artifact, calibrate)
         sealed = sealed_version(candidate, card, artifact.precision, exported.passport)
         staged = stage_version(here.serving_root, exported.file, sealed, exported.beside)
-    return stage_engine(here.serving_root, staged, artifact, log.info)
+    return stage_engine(here.serving_root, staged, artifact, log.info, here.store)
 
 
 @task(cache_policy=NO_CACHE)

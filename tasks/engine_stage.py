@@ -8,7 +8,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
 
-from tasks.engine_passport import PASSPORT_FILE, Choice, EngineServer, choose, read_passport, write_passport
+from tasks.engine_passport import (
+    PASSPORT_FILE,
+    Choice,
+    EnginePassport,
+    EngineServer,
+    choose,
+    read_passport,
+    write_passport,
+)
 from tasks.export import Export
 from tasks.gates import Gate
 from tasks.model_repository import (
@@ -24,38 +32,40 @@ from tasks.model_repository import (
 )
 from tasks.routing import Route, RoutingTable, read_routing, replace_routing
 from tasks.sealed import SEAL, SealedVersion, read_sealed, seal
-from tasks.tensorrt_engine import EngineOptions, NoEngine, Tell, build_engine
+from tasks.tensorrt_engine import EngineOptions, NoEngine, Tell, announced, build_engine
 
 if TYPE_CHECKING:
     from tasks.model_repository import Runtime
     from tasks.serving import TritonAddress
+    from tasks.storage import Store
 
 log = logging.getLogger(__name__)
 
 RTX_FILE: Final = "model.rtx"
 
 
-def stage_engine(root: Path, staged: Path, how: Export, tell: Tell = log.info) -> Path:
+def stage_engine(root: Path, staged: Path, how: Export, tell: Tell = log.info, store: "Store | None" = None) -> Path:
     """The staged version with the engine that `how` demands; returns the directory to prove and publish.
 
     tensorrt_rtx: sealed beside the ONNX network, which Triton goes on serving. tensorrt: a version of `<model>_trt_<size>`,
     which holds the plan and everything it was made from. Where it cannot be built, and is required, the version is marked
     as a rehearsal; where it is not required, it stays what it is.
+
+    store: where a run that was killed may have kept this very version. Its engine is taken from there, because no builder
+    makes the same bytes twice and a number never holds other bytes.
     """
     if how.engine == "onnx":
         return staged
     sealed = read_sealed(staged)
     with TemporaryDirectory() as folder:
         built = Path(folder) / (PLAN_FILE if how.engine == "tensorrt" else RTX_FILE)
+        network, options = staged / NETWORK_FILE, options_of(how, root)
+        measured_on = sealed.passport.get("calibration_digest")
         try:
-            passport = build_engine(
-                staged / NETWORK_FILE,
-                built,
-                options_of(how, root),
-                sealed.precision,
-                sealed.passport.get("calibration_digest"),
-                tell,
-            )
+            wanted = announced(network, options, sealed.precision, measured_on)
+            passport = _kept(store, sealed, wanted, built) if store else None
+            if passport is None:
+                passport = build_engine(network, built, options, sealed.precision, measured_on, tell)
         except NoEngine as error:
             tell(f"no {how.engine} engine: {error}")
             return _sealed_again(staged, replace(sealed, rehearsal=str(error))) if how.engine_required else staged
@@ -69,6 +79,23 @@ def stage_engine(root: Path, staged: Path, how: Export, tell: Tell = log.info) -
         made = stage_version(root, built, planned, {**beside, PASSPORT_FILE: Path(folder) / PASSPORT_FILE})
     shutil.rmtree(staged)
     return made
+
+
+def _kept(store: "Store", sealed: SealedVersion, wanted: EnginePassport, engine: Path) -> EnginePassport | None:
+    """The engine that S3 holds for this version and that is what would be built here, written to `engine`; else None."""
+    from tasks.version_store import fetch_file, stored_version
+
+    planned = wanted.builder == "tensorrt"
+    network = network_name(sealed.model, sealed.image_size, "trt") if planned else sealed.network
+    there = stored_version(store, network, sealed.version)
+    if there is None or not {PASSPORT_FILE, engine.name} <= there.files.keys():
+        return None
+    fetch_file(store, there, PASSPORT_FILE, engine.with_name(PASSPORT_FILE))
+    found = read_passport(engine.parent)
+    if found is None or replace(found, engine_sha256="", built_at="", build_seconds=0.0) != wanted:
+        return None
+    fetch_file(store, there, engine.name, engine)
+    return found
 
 
 def options_of(how: Export, root: Path) -> EngineOptions:

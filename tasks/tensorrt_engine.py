@@ -10,7 +10,7 @@ import importlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
@@ -77,6 +77,7 @@ def build_engine(
     """
     trt = library(options.builder)
     server = server_of("tensorrt") if options.builder == "tensorrt" else None
+    told = announced(onnx, options, precision, calibration_digest)
     started = time.monotonic()
     complaints = _Complaints(trt)
     builder: tensorrt.Builder = trt.Builder(complaints.logger)
@@ -97,11 +98,26 @@ def build_engine(
         _keep(cache, config)
     seconds = time.monotonic() - started
     tell(f"{options.builder}: {engine.name} of {len(data) / 1e6:.1f} MB built in {seconds:.1f} s")
+    return replace(
+        told,
+        engine_sha256=hashlib.sha256(data).hexdigest(),
+        built_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        build_seconds=round(seconds, 3),
+    )
+
+
+def announced(
+    onnx: Path, options: EngineOptions, precision: str, calibration_digest: str | None = None
+) -> EnginePassport:
+    """What the passport will say of an engine that `build_engine` makes here, before its bytes and its time are known. Raises
+    NoEngine where the library or the card is missing.
+    """
+    server = server_of("tensorrt") if options.builder == "tensorrt" else None
     return EnginePassport(
         builder=options.builder,
-        builder_version=trt.__version__,
+        builder_version=library(options.builder).__version__,
         onnx_sha256=file_digest(onnx),
-        engine_sha256=hashlib.sha256(data).hexdigest(),
+        engine_sha256="",
         precision=precision,
         compute_capability=server.compute_capability if server else options.compute_capability,
         device=server.device if server else "none",
@@ -109,8 +125,8 @@ def build_engine(
         hardware_compatible=options.hardware_compatible,
         version_compatible=options.version_compatible,
         calibration_digest=calibration_digest,
-        built_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        build_seconds=round(seconds, 3),
+        built_at="",
+        build_seconds=0.0,
     )
 
 

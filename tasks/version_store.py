@@ -142,6 +142,13 @@ def fetch_version(
         raise
 
 
+def fetch_file(store: Store, sealed: SealedVersion, name: str, path: Path) -> None:
+    """One file of a stored version, as sealed. Raises InvalidVersion where it is not, and FileNotFoundError."""
+    read_into(store, f"{folder_of(sealed.network, sealed.version)}/{sealed.files[name]}/{name}", path)
+    if file_digest(path) != sealed.files[name]:
+        raise InvalidVersion(f"{sealed.network} version {sealed.version} on S3: {name} is not as sealed; restore it")
+
+
 def is_whole(root: Path, sealed: SealedVersion) -> bool:
     """Whether the repository of this root holds exactly this version, undamaged."""
     try:

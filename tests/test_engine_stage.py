@@ -30,6 +30,7 @@ from tasks.routing import Route, RoutingTable, read_routing, write_routing
 from tasks.sealed import file_digest, read_sealed
 from tasks.serving import NotServed, TritonAddress, infer_front_door, is_version_ready, load_model
 from tasks.tensorrt_engine import NoEngine, server_of
+from tasks.version_store import upload_version
 
 RTX = Export(engine="tensorrt_rtx")
 PLAN = Export(engine="tensorrt")
@@ -78,6 +79,23 @@ def test_a_rehearsal_without_a_card_is_marked_refused_by_the_gates_and_can_never
 
 
 @pytest.mark.skipif(not no_card(), reason="about machines without a CUDA card; this one has one and can build plans")
+def test_a_run_that_goes_on_where_another_was_killed_takes_the_engine_that_was_kept(
+    tmp_path, store, small_network, describe
+):
+    """Built a second time it has another passport at least, and the number would be refused for ever."""
+
+    def made(kept, how=RTX):
+        fresh = stage_version(tmp_path, small_network(), describe("resumed", 4))
+        return stage_engine(tmp_path, fresh, how, store=kept)
+
+    assert upload_version(store, made(store))
+    assert not upload_version(store, made(store)), "S3 holds this very version"
+    with pytest.raises(FileExistsError, match="holds another version"):
+        upload_version(store, made(None))
+    with pytest.raises(FileExistsError, match="holds another version"):
+        upload_version(store, made(store, RTX.model_copy(update={"max_batch_size": 4})))
+
+
 def test_where_the_engine_is_not_required_the_onnx_network_answers_and_the_gate_says_so(tmp_path, staged):
     how = PLAN.model_copy(update={"engine_required": False})
     made = stage_engine(tmp_path, staged, how)
