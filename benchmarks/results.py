@@ -89,6 +89,7 @@ class Trial:
     """One seed: what was typed, what it gave. metrics: the final ones of the MLflow run."""
 
     seed: int
+    commit: str
     command: str
     dataset: str
     digest: str
@@ -110,6 +111,8 @@ def main() -> None:
     chosen = parser.parse_args()
     here = settings_of(chosen.state)
     protocol, trials = PROTOCOLS[chosen.protocol], []
+    if unknown := set(chosen.registered) - set(chosen.seeds):
+        parser.error(f"--registered {sorted(unknown)} are not among --seeds {chosen.seeds}")
     with TemporaryDirectory(prefix="tirewatch-results-") as workspace:
         folder = photographs(protocol, chosen.folder, Path(workspace))
         for seed in chosen.seeds:
@@ -179,7 +182,9 @@ def trained(here: "Settings", protocol: Protocol, dataset: str, seed: int, again
     model, card = found
     version = open_version(here.store, card.dataset, card.dataset_version)
     metrics = run_metrics(here.mlflow_tracking_uri, model.run_id)
-    return Trial(seed, command, dataset, version.digest, version.splits, len(version.classes), metrics)
+    return Trial(
+        seed, card.commit[:12], command, dataset, version.digest, version.splits, len(version.classes), metrics
+    )
 
 
 def run(deployment: str, parameters: Mapping[str, Any]) -> str:
@@ -232,10 +237,11 @@ def section(protocol: Protocol, trials: Sequence[Trial]) -> str:
         "validation accuracy": "val_accuracy",
     }
     shown = {title: name for title, name in columns.items() if all(name in trial.metrics for trial in trials)}
+    commits = ", ".join(dict.fromkeys(trial.commit for trial in trials))
     lines = [
         f"## {protocol.title}",
         "",
-        f"Measured {datetime.now(UTC):%Y-%m-%d}, commit {commit_of()}. {protocol.notes}".rstrip(),
+        f"Measured {datetime.now(UTC):%Y-%m-%d}, commit {commits}. {protocol.notes}".rstrip(),
         "",
         f"| seed | train / val / test | {' | '.join(shown)} | minutes | processor minutes |",
         "| --- " * (4 + len(shown)) + "|",
@@ -255,12 +261,6 @@ def section(protocol: Protocol, trials: Sequence[Trial]) -> str:
     commands = "\n".join(trial.command for trial in trials)
     digests = "\n".join(f"{trial.dataset}: {trial.digest}" for trial in trials)
     return "\n".join([*lines, "", "```sh", commands, "```", "", "```", digests, "```", ""])
-
-
-def commit_of() -> str:
-    from tasks.passport import commit
-
-    return commit()[:12]
 
 
 def replaced(page: str, text: str) -> str:

@@ -54,7 +54,7 @@ def main() -> None:
     directory = Path(definition["directory"])
     directory.mkdir(parents=True, exist_ok=True)
     os.chdir(directory)
-    os.nice(definition["nice"])
+    os.nice(definition.get("nice", 0))  # not yet in what an earlier release wrote down
     command: list[str] = definition["command"]
     os.execve(command[0], command, {**os.environ, **definition["env"]})
 

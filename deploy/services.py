@@ -29,7 +29,7 @@ class Service:
     ready_url: answers 2xx once the service can be used; empty where a running process is all there is to see.
     after: URLs that must answer 2xx before the command is started.
     adopts: its children outlive it (flow runs of a worker), so a restart leaves them alone.
-    nice: what is added to its niceness. Everything that answers no photograph gives way to the server that does.
+    nice: what is added to its niceness. What stores, computes and displays gives way to the server.
     """
 
     name: str

@@ -2,7 +2,7 @@
 second or two, on which requests would wait.
 
 triton/launch.py has the process of a network begin at a low priority, before its interpreter starts; the backend comes back
-when the network is compiled. Standard library only: the serving environment imports this module before anything heavy.
+when the network is compiled. Standard library only.
 """
 
 import os
@@ -11,14 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-ASIDE: Final = (
-    10  # added to nice; about a tenth of a core where all of them are busy: brought up late rather than never
-)
+# Niceness of a network that is being brought up: a tenth of a core where all of them are busy, so late rather than never.
+ASIDE: Final = 10
 _CAP_SYS_NICE: Final = 23  # bit of linux/capability.h
 
 
 def come_back() -> None:
-    """The priority of the process that started this one, for every thread. Nothing changes where it was never lowered."""
+    """The priority of the process that started this one, for every thread."""
     before = os.getpriority(os.PRIO_PROCESS, os.getppid())
     for thread in Path("/proc/self/task").iterdir():
         with suppress(ProcessLookupError):  # it has ended

@@ -60,7 +60,7 @@ def train_in_processes(
         write_job(folder, job, keeps=save is not None)
         with (folder / "output.log").open("wb") as output:
             started = subprocess.Popen(
-                _command(folder, job.config.processes), stdout=output, stderr=output, cwd=SOURCE, start_new_session=True
+                _command(folder, job.config.processes), stdout=output, stderr=output, cwd=SOURCE, process_group=0
             )
         try:
             _follow(started, folder, on_epoch, save)

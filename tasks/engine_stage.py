@@ -66,10 +66,12 @@ def stage_engine(root: Path, staged: Path, how: Export, tell: Tell = log.info, s
             passport = _kept(store, sealed, wanted, built) if store else None
             if passport is None:
                 passport = build_engine(network, built, options, sealed.precision, measured_on, tell)
+                write_passport(Path(folder), passport)
+            else:
+                tell(f"{how.engine}: the engine of {passport.built_at} that S3 keeps with this version is taken")
         except NoEngine as error:
             tell(f"no {how.engine} engine: {error}")
             return _sealed_again(staged, replace(sealed, rehearsal=str(error))) if how.engine_required else staged
-        write_passport(Path(folder), passport)
         if how.engine == "tensorrt_rtx":
             for name in (RTX_FILE, PASSPORT_FILE):
                 shutil.copyfile(Path(folder) / name, staged / name)

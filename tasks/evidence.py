@@ -98,7 +98,7 @@ class Evidence:
     rule: DecisionRule
     truth: NDArray[np.int64]
     served: NDArray[np.int64]  # -1 where the server answered with an error
-    offline: NDArray[np.int64]
+    offline: NDArray[np.int64]  # -1 where the artifact has no number
     rungs: Sequence[Rung]  # on the golden images; the last rung is the server's answer
     test_rung: Rung  # PyTorch against the sealed artifact, on the whole test split
     p99_ms: float

@@ -21,7 +21,10 @@ GOLDEN_MARGIN: Final = 0.05  # golden images are clear cases: a flip there is a 
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the ladder: how far the step moved the probabilities, and how many decisions changed."""
+    """One step of the ladder: how far the step moved the probabilities, and how many decisions changed.
+
+    silent: images without a number on either side. Each is a flip too, and no part of the differences.
+    """
 
     name: str
     images: int
@@ -29,6 +32,7 @@ class Rung:
     mean_difference: float
     flips: int
     limit: float | None = None  # of the largest difference; None where the step changes the precision
+    silent: int = 0
 
     @property
     def flip_share(self) -> float:
@@ -42,10 +46,11 @@ class Rung:
     @property
     def measured(self) -> str:
         """What was found, in one sentence."""
-        return (
+        found = (
             f"{self.flips} of {self.images} golden decisions flip, differences to {self.largest_difference:.0e}, "
             f"mean {self.mean_difference:.0e}"
         )
+        return f"{found}; {self.silent} without a number" if self.silent else found
 
     @property
     def demanded(self) -> str:
@@ -78,15 +83,16 @@ def compare(name: str, before: NDArray[Any], after: NDArray[Any], rule: Decision
     before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if before.shape != after.shape:
         raise ValueError(f"rung {name!r}: {before.shape} probabilities before the step and {after.shape} after it")
-    if not np.isfinite(after).all():
-        raise ValueError(f"rung {name!r}: {int((~np.isfinite(after)).sum())} probabilities are not finite")
-    difference = np.abs(after - before)
+    spoken = np.isfinite(before).all(axis=1) & np.isfinite(after).all(axis=1)
+    difference = np.abs(after[spoken] - before[spoken])
+    silent = int((~spoken).sum())
     return Rung(
         name=name,
         images=len(before),
         largest_difference=float(difference.max(initial=0.0)),
         mean_difference=float(difference.mean()) if difference.size else 0.0,
-        flips=int((decide(before, rule) != decide(after, rule)).sum()),
+        flips=int((decide(before[spoken], rule) != decide(after[spoken], rule)).sum()) + silent,
+        silent=silent,
     )
 
 

@@ -6,8 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,10 @@ from numpy.typing import NDArray
 
 from tasks.dataset import DatasetVersion, read_rows
 from tasks.decision import DecisionRule, decide
-from tasks.engine_passport import read_passport
 from tasks.gates import Evidence, accuracy
-from tasks.images import decode
-from tasks.inference import Accelerator, open_network
-from tasks.model_repository import NETWORK_FILE, PLAN_FILE, REFERENCE_FILE, front_doors
+from tasks.inference import Accelerator
+from tasks.model_repository import front_doors
+from tasks.network_forms import artifact_run, artifact_runs, decoded, each_alone, run_all, torch_run
 from tasks.parity import RETRAINED, ROUNDING, Step, climb, compare, golden_indices
 from tasks.scratch import ScratchServer
 from tasks.sealed import SealedVersion, read_sealed
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 SAME_PRECISION: Final = ("PyTorch", "ONNX")
 PROBED: Final = 256  # test photographs the probe load asks about during a switch
 GOLDEN_POOL: Final = 2000  # validation images among which the golden ones are looked for
-Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 log = logging.getLogger(__name__)
 
@@ -77,39 +74,6 @@ def truth_of(labels: Sequence[str], rule: DecisionRule) -> NDArray[np.int64]:
         raise ValueError(f"the photographs are labelled {unknown}, which the model ({list(rule.labels)}) does not know")
     index = {label: position for position, label in enumerate(rule.labels)}
     return np.array([index[label] for label in labels], dtype=np.int64)
-
-
-def run_all(
-    networks: Sequence[Run], encoded: Sequence[bytes], size: int, preprocessing: str
-) -> list[NDArray[np.float32]]:
-    """Probabilities [N, C] of every network on the same decoded pixels, decoded once and in batches of 32."""
-    parts: list[list[NDArray[np.float32]]] = [[] for _ in networks]
-    for pixels in _decoded(encoded, size, preprocessing):
-        for part, network in zip(parts, networks, strict=True):
-            part.append(network(pixels))
-    return [np.concatenate(part) for part in parts]
-
-
-def _decoded(encoded: Sequence[bytes], size: int, preprocessing: str, batch: int = 32) -> Iterator[NDArray[np.uint8]]:
-    with ThreadPoolExecutor() as pool:  # the codecs release the GIL
-        for start in range(0, len(encoded), batch):
-            yield np.stack(
-                list(pool.map(lambda data: decode(data, size, preprocessing), encoded[start : start + batch]))
-            )
-
-
-def torch_run(network: "ImageNetwork") -> Run:
-    """The network as trained, float32, in process."""
-    import torch
-
-    network = network.cpu().eval()
-
-    def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            probabilities: NDArray[np.float32] = network(torch.from_numpy(pixels))[0].numpy()
-        return probabilities
-
-    return run
 
 
 def in_label_order(decisions: NDArray[np.int64], theirs: DecisionRule, ours: DecisionRule) -> NDArray[np.int64]:
@@ -189,7 +153,7 @@ def prove(
     )
     chosen = golden_indices(on_validation["PyTorch"], validation.labels, sealed.rule).tolist()
     golden = [validation.encoded[index] for index in chosen]
-    pixels = np.concatenate(list(_decoded(golden, sealed.image_size, sealed.preprocessing)))
+    pixels = np.concatenate(list(decoded(golden, sealed.image_size, sealed.preprocessing)))
     in_process = {name: found[chosen] for name, found in on_validation.items()}
     with ScratchServer(bench.serving_python, staged, bench.serving_root, bench.accelerator) as server:
         answers = {
@@ -205,7 +169,7 @@ def prove(
         rule=sealed.rule,
         truth=truth_of(test.labels, sealed.rule),
         served=served.decisions,
-        offline=decide(on_test[final], sealed.rule),
+        offline=np.where(np.isfinite(on_test[final]).all(axis=1), decide(on_test[final], sealed.rule), -1),
         rungs=climb(steps(recorded(trained, golden), in_process, answers), sealed.rule),
         test_rung=compare(f"PyTorch -> {final}", on_test["PyTorch"], on_test[final], sealed.rule),
         p99_ms=served.p99_ms,
@@ -266,36 +230,15 @@ def recorded(trained: "Reference | None", golden: Sequence[bytes]) -> NDArray[np
 def network_answers(
     address: TritonAddress, sealed: SealedVersion, pixels: NDArray[np.uint8], batch: int = 8
 ) -> NDArray[np.float32]:
-    """Probabilities [N, C] of exactly this version of the network model, for decoded pixels."""
+    """Probabilities [N, C] of exactly this version of the network model, for decoded pixels; NaN for an image that it refuses.
+    Raises NotServed where it refuses all of them.
+    """
+
+    def asked(some: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return infer_network(address, sealed.network, sealed.version, some)
+
     starts = range(0, len(pixels), batch)
-    return np.concatenate(
-        [infer_network(address, sealed.network, sealed.version, pixels[start : start + batch]) for start in starts]
-    )
-
-
-def artifact_runs(directory: Path, precision: str, accelerator: Accelerator) -> dict[str, Run]:
-    """Every form of the network that the sealed directory holds, from float32 ONNX to what is served."""
-    network = artifact_run(directory, accelerator)
-    if (directory / REFERENCE_FILE).exists():
-        forms = {"ONNX": onnx_run(directory / REFERENCE_FILE, accelerator), precision: network}
-    else:
-        forms = {"ONNX": network}
-    passport = read_passport(directory)
-    if (directory / PLAN_FILE).exists() and passport is not None:
-        from tasks.engine_run import OpenedEngine
-
-        forms["TensorRT"] = OpenedEngine(directory / PLAN_FILE, passport.builder, passport.profile[2])
-    return forms
-
-
-def onnx_run(path: Path, accelerator: Accelerator) -> Run:
-    network = open_network(path, accelerator, threads=os.cpu_count() or 1)
-    return lambda pixels: network(pixels)["probabilities"]
-
-
-def artifact_run(directory: Path, accelerator: Accelerator) -> Run:
-    """The sealed ONNX network in the server's own runtime, in process."""
-    return onnx_run(directory / NETWORK_FILE, accelerator)
+    return each_alone(lambda every: np.concatenate([asked(every[start : start + batch]) for start in starts]), pixels)
 
 
 def champion_decisions(

@@ -69,7 +69,7 @@ class ScratchServer:
         for name, port in (("http", http), ("grpc", grpc), ("metrics", metrics)):
             line += [f"--{name}-port", str(port)]
         with (self.root / "server.log").open("wb") as output:
-            self._process = subprocess.Popen(line, stdout=output, stderr=output, start_new_session=True)
+            self._process = subprocess.Popen(line, stdout=output, stderr=output, process_group=0)
 
     def _wait(self, sealed: SealedVersion, within: float = 90.0) -> None:
         assert self._process is not None

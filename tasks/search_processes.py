@@ -159,7 +159,7 @@ def _start(job: Job, folder: Path, fruitless: int) -> Worker:
     with output.open("wb") as file:
         command = [sys.executable, "-m", "tasks.search_worker", str(os.getpid())]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=file, stderr=file, cwd=SOURCE, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=file, stderr=file, cwd=SOURCE, process_group=0
         )
     assert process.stdin is not None
     try:

@@ -88,7 +88,7 @@ def unload_model(address: TritonAddress, model: str) -> None:
     """Take the model out of service. Raises NotServed."""
     with _client(address, "grpc") as client:
         try:
-            client.unload_model(model, headers=_grpc_admin(address), client_timeout=ANSWER_WITHIN)
+            client.unload_model(model, headers=_grpc_admin(address), client_timeout=LOAD_WITHIN)
         except request_errors() as error:
             raise NotServed(f"unloading {model} on {address.grpc} failed: {error}") from error
 
@@ -241,7 +241,7 @@ def _client(address: TritonAddress, protocol: Protocol) -> Iterator[Any]:
         client = module_of("grpc").InferenceServerClient(address.grpc)
     else:
         client = module_of("http").InferenceServerClient(
-            address.http, connection_timeout=ANSWER_WITHIN, network_timeout=LOAD_WITHIN
+            address.http, connection_timeout=ANSWER_WITHIN, network_timeout=ANSWER_WITHIN
         )
     try:
         yield client

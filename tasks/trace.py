@@ -186,7 +186,7 @@ def _by_artifact(directory: Path, pixels: NDArray[np.uint8], accelerator: "Accel
 
 
 def _by_registered(tracking_uri: str, captured: Captured, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    from tasks.proof import torch_run
+    from tasks.network_forms import torch_run
     from tasks.registry import load_network
 
     return torch_run(load_network(tracking_uri, captured.model, captured.version))(pixels)

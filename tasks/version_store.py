@@ -146,7 +146,9 @@ def fetch_file(store: Store, sealed: SealedVersion, name: str, path: Path) -> No
     """One file of a stored version, as sealed. Raises InvalidVersion where it is not, and FileNotFoundError."""
     read_into(store, f"{folder_of(sealed.network, sealed.version)}/{sealed.files[name]}/{name}", path)
     if file_digest(path) != sealed.files[name]:
-        raise InvalidVersion(f"{sealed.network} version {sealed.version} on S3: {name} is not as sealed; restore it")
+        raise InvalidVersion(
+            f"{sealed.network} version {sealed.version} on S3: {name} is not as sealed: register a new version instead"
+        )
 
 
 def is_whole(root: Path, sealed: SealedVersion) -> bool:

@@ -137,8 +137,9 @@ def _sealed(archive: Archive, directory: Path, model: str, version: int) -> Seal
 def _golden(plant: Plant, directory: Path, sealed: SealedVersion, work: Path) -> None:
     """Golden photographs and what the sealed network answers, for the plant to compare with."""
     from tasks.dataset import open_version
+    from tasks.network_forms import artifact_run, run_all
     from tasks.parity import golden_indices
-    from tasks.proof import artifact_run, photographs, run_all
+    from tasks.proof import photographs
 
     pool = photographs(plant.store, open_version(plant.store, sealed.dataset, sealed.dataset_version), "val", POOL)
     run = artifact_run(directory, plant.accelerator)
@@ -164,7 +165,7 @@ def answers_alike(
     """What the sealed network answers on this machine, and how that compares with its answers there. InvalidArchive, about
     `what`, when a decision is another one here.
     """
-    from tasks.proof import artifact_run, run_all
+    from tasks.network_forms import artifact_run, run_all
 
     sealed = read_sealed(directory)
     (here,) = run_all([artifact_run(directory, plant.accelerator)], encoded, sealed.image_size, sealed.preprocessing)

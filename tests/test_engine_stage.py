@@ -78,7 +78,6 @@ def test_a_rehearsal_without_a_card_is_marked_refused_by_the_gates_and_can_never
         require_no_rehearsal(sealed)
 
 
-@pytest.mark.skipif(not no_card(), reason="about machines without a CUDA card; this one has one and can build plans")
 def test_a_run_that_goes_on_where_another_was_killed_takes_the_engine_that_was_kept(
     tmp_path, store, small_network, describe
 ):
@@ -96,6 +95,7 @@ def test_a_run_that_goes_on_where_another_was_killed_takes_the_engine_that_was_k
         upload_version(store, made(store, RTX.model_copy(update={"max_batch_size": 4})))
 
 
+@pytest.mark.skipif(not no_card(), reason="about machines without a CUDA card; this one has one and can build plans")
 def test_where_the_engine_is_not_required_the_onnx_network_answers_and_the_gate_says_so(tmp_path, staged):
     how = PLAN.model_copy(update={"engine_required": False})
     made = stage_engine(tmp_path, staged, how)

@@ -27,8 +27,9 @@ from tasks.dataset import open_version, read_rows
 from tasks.gates import Limits
 from tasks.inference import open_network
 from tasks.model_repository import network_name, published_versions, version_directory
+from tasks.network_forms import run_all, torch_run
 from tasks.onnx_export import export_onnx
-from tasks.proof import photographs, run_all, torch_run
+from tasks.proof import photographs
 from tasks.recipe import Augmentation, TrainConfig
 from tasks.routing import read_routing, replace_routing, routing_file
 from tasks.sealed import file_digest, read_sealed

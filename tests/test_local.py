@@ -73,7 +73,7 @@ def test_every_service_runs_and_answers_a_real_request(stack: Stack) -> None:
     assert set(health(stack)) == {service.name for service in services_of(stack)}
 
 
-def test_what_answers_no_photograph_gives_way_to_the_server(stack: Stack) -> None:
+def test_what_stores_computes_and_displays_gives_way_to_the_server(stack: Stack) -> None:
     def lowered(service: str) -> set[int]:
         return {process.nice() - psutil.Process().nice() for process in processes_of(stack.id, service)}
 

@@ -7,8 +7,8 @@ import torch
 
 from tasks.inference import open_network
 from tasks.model import build_model, image_network
+from tasks.network_forms import torch_run
 from tasks.onnx_export import check_graph, export_onnx
-from tasks.proof import torch_run
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -11,10 +12,12 @@ import torch
 from tasks.decision import DecisionRule
 from tasks.export import Export, export_network
 from tasks.gates import Limits, decide_promotion
+from tasks.images import CURRENT
 from tasks.model_repository import FRONT_DOOR_TEMPLATE, install_front_door, publish_version, stage_version
+from tasks.network_forms import artifact_runs, run_all, torch_run
 from tasks.onnx_export import export_onnx
 from tasks.parity import Step, climb, compare, golden_indices
-from tasks.proof import Bench, Photographs, artifact_runs, prove, recorded, steps, torch_run
+from tasks.proof import Bench, Photographs, prove, recorded, steps
 from tasks.quantize import Calibration
 from tasks.registry import Reference
 from tasks.sealed import read_sealed
@@ -34,9 +37,26 @@ def test_differences_and_flips_are_counted():
     assert rung.flip_share == pytest.approx(1 / 3)
 
 
-def test_a_rung_that_answers_with_nan_is_an_error_not_a_pass():
-    with pytest.raises(ValueError, match="not finite"):
-        compare("onnx", binary([0.2]), binary([float("nan")]), RULE)
+def test_an_image_without_a_number_is_a_flip_and_said():
+    rung = compare("onnx", binary([0.2, 0.9]), binary([float("nan"), 0.9]), RULE)
+    assert not rung.held and (rung.flips, rung.silent, rung.largest_difference) == (1, 1, 0.0)
+    assert rung.measured.endswith("; 1 without a number")
+    assert not compare("onnx", binary([float("nan")]), binary([float("nan")]), RULE).held
+
+
+def test_an_image_that_a_network_fails_on_is_silent_and_one_that_fails_on_all_is_an_error():
+    def run(pixels):
+        if (pixels > 200).any():
+            raise RuntimeError("too bright")
+        return binary(pixels[:, 0, 0, 0] / 255)
+
+    pixels = np.full((3, 4, 4, 3), 51, np.uint8)
+    pixels[1] = 255
+    encoded = [cv2.imencode(".png", image)[1].tobytes() for image in pixels]
+    (found,) = run_all([run], encoded, 4, CURRENT)
+    assert np.isnan(found[1]).all() and found[[0, 2], 0].tolist() == pytest.approx([0.2, 0.2])
+    with pytest.raises(RuntimeError, match="too bright"):
+        run_all([run], encoded[1:2], 4, CURRENT)
 
 
 def test_a_rung_with_other_images_is_an_error():

@@ -147,12 +147,14 @@ def test_a_load_holds_up_no_connection(triton, sealed, small_network, describe):
     with ThreadPoolExecutor(12) as pool:
         began = [threading.Event() for _ in range(12)]
         asking = [pool.submit(ask, each) for each in began]
-        assert all(each.wait(20) for each in began)
-        waited.clear()
-        since = time.monotonic()
-        load_model(triton.address, network, 1)
-        took = time.monotonic() - since
-        loaded.set()
+        try:
+            assert all(each.wait(20) for each in began)
+            waited.clear()
+            since = time.monotonic()
+            load_model(triton.address, network, 1)
+            took = time.monotonic() - since
+        finally:
+            loaded.set()
         for each in asking:
             each.result(60)
     assert max(waited) < took / 2, f"a connection waited {max(waited):.2f} s of a load of {took:.2f} s"

@@ -111,7 +111,9 @@ def routed_models(root):
 
 
 def load(port, model, key):
-    """Loads one model. A model that fails is said aloud and does not keep the others from serving."""
+    """Loads one model. A model that fails is said aloud and does not keep the others from serving. Over HTTP, because this is
+    the standard library only; nobody has been told yet that the server is ready.
+    """
     headers = {ADMIN_HEADER: key} if key else {}
     status, answer, _ = request(port, "POST", f"/v2/repository/models/{model}/load", b"{}", headers, LOAD_WITHIN)
     if status != 200:

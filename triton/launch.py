@@ -3,7 +3,8 @@
     .venv-triton/bin/python triton/launch.py --root ROOT --http-port P --grpc-port P --metrics-port P --admin-key-file F
 
 Order: what is missing on this machine is said in one sentence; what a killed predecessor left is removed; the server starts
-with nothing but an echo; then `bring_up.py` proves that known bytes pass and has everything loaded. The standard library only.
+with nothing but an echo; then `bring_up.py` proves that known bytes pass and has everything loaded. The standard
+library and `tasks.courtesy` only.
 """
 
 import argparse
@@ -109,10 +110,11 @@ def check_machine():
             f"numpy {np.__version__} is installed and this server reads every input as garbage with numpy 2: "
             "install triton/requirements.lock into the serving environment (make install)."
         )
-    try:
-        distribution("nvidia-pytriton")
-    except PackageNotFoundError:
-        missing.append("nvidia-pytriton is not installed here: run `make install`.")
+    for needed in ("nvidia-pytriton", "tirewatch"):
+        try:
+            distribution(needed)
+        except PackageNotFoundError:
+            missing.append(f"{needed} is not installed here: run `make install`.")
     if missing:
         raise Refusal(" ".join(missing))
 
@@ -196,14 +198,15 @@ def install_stub(folder):
     from tasks.courtesy import ASIDE, may_return_to
 
     name, version = "triton_python_backend_stub", f"{sys.version_info[0]}.{sys.version_info[1]}"
-    lowered = may_return_to(os.getpriority(os.PRIO_PROCESS, 0))
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    lowered = own < ASIDE and may_return_to(own)
     stub = folder / "stub" / name if lowered else folder / name
     stub.parent.mkdir(exist_ok=True)
     shutil.copy2(installed() / "python_backend_stubs" / version / name, stub)
     stub.chmod(0o755)
     if lowered:
         wrapper = folder / name
-        begin = f'exec nice -n {ASIDE} "${{0%/*}}/stub/{name}" "$@"'
+        begin = f'exec nice -n {ASIDE - own} "${{0%/*}}/stub/{name}" "$@"'
         last = "for last; do :; done"
         wrapper.write_text(f'#!/bin/sh\n{last}\n[ "$last" = DEFAULT ] || {begin}\nexec "${{0%/*}}/stub/{name}" "$@"\n')
         wrapper.chmod(0o755)
