@@ -12,6 +12,7 @@ import typer
 from deploy.dataset import AsJson, State, add_row, say, settings_of, table_of
 
 if TYPE_CHECKING:
+    from tasks.engine_passport import EnginePassport
     from tasks.ledger import Entry
     from tasks.trace import Trace
 
@@ -140,6 +141,7 @@ def _say_trace(found: "Trace") -> None:
         ("data", f"{origin.dataset} v{origin.dataset_version}, {origin.dataset_digest}"),
         ("training", f"MLflow run {origin.run_id}, commit {origin.commit}"),
         ("network", f"{origin.precision}; {', '.join(f'{name} {value}' for name, value in origin.passport.items())}"),
+        *([("engine", _engine(origin.engine))] if origin.engine else []),
         ("champion then", _champion(found)),
         ("score again", f"{found.label}, score {found.score!r}, by {found.by}"),
         ("verdict", "the same to the last bit" if found.equal else f"differs by {found.difference:.2e}"),
@@ -149,6 +151,13 @@ def _say_trace(found: "Trace") -> None:
     for name, value in rows:
         add_row(table, name, value)
     say(table)
+
+
+def _engine(passport: "EnginePassport") -> str:
+    return (
+        f"{passport.builder} {passport.builder_version} for compute capability {passport.compute_capability}, "
+        f"{passport.precision}, built {passport.built_at[:19]}, sha256 {passport.engine_sha256}"
+    )
 
 
 def _champion(found: "Trace") -> str:

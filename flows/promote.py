@@ -316,7 +316,8 @@ def conclude(here: Settings, intention: "Intention", swap: "Swap") -> None:
 
     place = place_of(here, intention.model)
     if not swap.undone:
-        complete(place, intention, swap.written, swap.figures)
+        gates = [*intention.evidence["gates"], *(vars(gate) for gate in swap.gates)]
+        complete(place, intention, swap.written, {**swap.figures, "gates": gates})
     elif swap.back:
         take_back(place, intention, swap.written, swap.back, "; ".join(gate.measured for gate in swap.gates))
     else:

@@ -103,21 +103,21 @@ def _enough_evidence(evidence: Evidence, limits: Limits) -> list[Gate]:
 
 
 @dataclass(frozen=True)
-class _Events:
+class Events:
     """Of one side of the decisions: what went wrong, among how many."""
 
     wrong: int
     count: int
 
 
-def _escapes(evidence: Evidence) -> tuple[_Events, _Events]:
+def escapes_and_overkills(evidence: Evidence) -> tuple[Events, Events]:
     """Escapes among the defects, over-kills among the good pieces. No answer is an error on either side."""
     is_defect = np.append(evidence.rule.defect_mask, False)  # index -1 (no answer) counts as not caught
     truth, called = evidence.rule.defect_mask[evidence.truth], is_defect[evidence.served]
     answered = evidence.served >= 0
     return (
-        _Events(int((truth & ~called).sum()), int(truth.sum())),
-        _Events(int((~truth & (called | ~answered)).sum()), int((~truth).sum())),
+        Events(int((truth & ~called).sum()), int(truth.sum())),
+        Events(int((~truth & (called | ~answered)).sum()), int((~truth).sum())),
     )
 
 
@@ -126,7 +126,7 @@ def _performance(evidence: Evidence, limits: Limits) -> list[Gate]:
     right = accuracy(evidence.served, evidence.truth)
     gates = [Gate("accuracy", right >= limits.min_accuracy, f"{right:.4f}", f"at least {limits.min_accuracy:.4f}")]
     if evidence.rule.defect_labels:
-        escapes, overkills = _escapes(evidence)
+        escapes, overkills = escapes_and_overkills(evidence)
         gates.append(_rate("escape rate", escapes, limits.max_escape_rate))
         gates.append(_rate("over-kill rate", overkills, limits.max_overkill_rate))
         if limits.cost:
@@ -134,7 +134,7 @@ def _performance(evidence: Evidence, limits: Limits) -> list[Gate]:
     return [*gates, *against_champion(evidence, limits)]
 
 
-def _rate(name: str, events: _Events, limit: float) -> Gate:
+def _rate(name: str, events: Events, limit: float) -> Gate:
     bound = upper_bound(events.wrong, events.count)
     measured = f"{events.wrong} of {events.count}, upper 95 % bound {bound:.4f}"
     return Gate(name, bound <= limit, measured, f"upper 95 % bound at most {limit:.4f}")
@@ -146,7 +146,7 @@ def expected_cost(escape_rate: float, overkill_rate: float, cost: CostLimit) -> 
     return PIECES * (escaping * cost.escape + rejected * cost.overkill)
 
 
-def _cost(escapes: _Events, overkills: _Events, cost: CostLimit) -> Gate:
+def _cost(escapes: Events, overkills: Events, cost: CostLimit) -> Gate:
     """Both rates at their upper 97.5 % bounds: together they hold in 95 of 100 cases (Bonferroni)."""
     each = 1 - (1 - CONFIDENCE) / 2
     upper = [upper_bound(side.wrong, side.count, each) for side in (escapes, overkills)]

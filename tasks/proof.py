@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from tasks.dataset import DatasetVersion, read_rows
 from tasks.decision import DecisionRule, decide
-from tasks.gates import Evidence, accuracy
+from tasks.evaluation import upper_bound
+from tasks.gates import Evidence, accuracy, escapes_and_overkills
 from tasks.inference import Accelerator
 from tasks.model_repository import front_doors
 from tasks.network_forms import artifact_run, artifact_runs, decoded, each_alone, run_all, torch_run
@@ -265,6 +266,11 @@ def figures_of(evidence: Evidence, served: ServedEvaluation) -> dict[str, float]
         "served_images_per_second": served.throughput,
         "served_differs_from_offline": float((evidence.served != evidence.offline).sum()),
     }
+    if evidence.rule.defect_labels:
+        escapes, overkills = escapes_and_overkills(evidence)
+        figures["served_escapes"], figures["served_overkills"] = float(escapes.wrong), float(overkills.wrong)
+        figures["served_escape_upper"] = upper_bound(escapes.wrong, escapes.count)
+        figures["served_overkill_upper"] = upper_bound(overkills.wrong, overkills.count)
     if evidence.champion is not None:
         figures["champion_accuracy"] = accuracy(evidence.champion, evidence.truth)
     return figures

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.decision import DecisionRule, decide, score
+from tasks.engine_passport import EnginePassport, read_passport
 from tasks.images import decode
 from tasks.ledger import Entry, champion_at, read_ledger
-from tasks.model_repository import NETWORK_FILE, repository, version_directory
+from tasks.model_repository import NETWORK_FILE, PLAN_FILE, repository, version_directory
 from tasks.sealed import InvalidVersion, SealedVersion, read_sealed
 from tasks.storage import Store, list_folders, list_objects, read
 
@@ -47,7 +48,10 @@ class Captured:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the version was made of, as its seal says, or its card in MLflow where the sealed directory is gone."""
+    """What the version was made of, as its seal says, or its card in MLflow where the sealed directory is gone.
+
+    engine: the passport of the TensorRT engine that is sealed with it, if there is one.
+    """
 
     rule: DecisionRule
     preprocessing: str
@@ -59,6 +63,7 @@ class Origin:
     commit: str
     precision: str
     passport: dict[str, str]
+    engine: EnginePassport | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,10 @@ def trace(captured: Captured, store: Store, root: Path, tracking_uri: str, accel
     """
     directory = sealed_directory(root, captured.model, captured.version)
     if directory is not None:
-        origin, by = _of_seal(read_sealed(directory)), f"the sealed network {directory.parent.name}/{directory.name}"
+        origin = replace(_of_seal(read_sealed(directory)), engine=read_passport(directory))
+        by = f"the sealed network {directory.parent.name}/{directory.name}"
+        if (directory / PLAN_FILE).exists():
+            by += ", the one that its TensorRT plan was built from"
         probabilities = _by_artifact(directory, _pixels(captured, origin), accelerator)
     else:
         origin = _of_card(tracking_uri, captured.model, captured.version)

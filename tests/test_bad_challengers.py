@@ -22,7 +22,14 @@ from tasks.probe import ProbeLoad
 from tasks.proof import photographs
 from tasks.recipe import TrainConfig
 from tasks.routing import read_routing
-from tasks.serving import infer_front_door, is_version_ready
+from tasks.serving import (
+    TritonAddress,
+    encoded_input,
+    infer_front_door,
+    is_version_ready,
+    module_of,
+    request_errors,
+)
 from tasks.tracking import open_run
 from tasks.training import predict
 
@@ -56,13 +63,29 @@ class Laborious(nn.Module):
         return self.useful(x) + 1e-9 * self.useless(x).mean((1, 2, 3))[:, None]
 
 
+class Speechless(nn.Module):
+    """The embedding of a `cnn`, and no number for photographs that are brighter on average than `limit` (of -1..1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.useful = zoo.ZOO["cnn"].make(False).stages
+        self.limit = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.useful(x) + 1e-9 * torch.log(self.limit - x.mean((1, 2, 3)))[:, None]
+
+
 @pytest.fixture(scope="module")
 def here(stack_settings):
-    """The settings of the stack that the fixtures are; `laborious` is in the zoo."""
-    entry = zoo.Entry(lambda pretrained: zoo.Backbone(nn.Sequential(Laborious()), 256), 16, 256, "none", zoo.CENTRED)
+    """The settings of the stack that the fixtures are; `laborious` and `speechless` are in the zoo."""
+
+    def entry(module: type[nn.Module]) -> zoo.Entry:
+        return zoo.Entry(lambda pretrained: zoo.Backbone(nn.Sequential(module()), 256), 16, 256, "none", zoo.CENTRED)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flows.promote.settings", lambda: stack_settings)
-        patch.setitem(zoo.ZOO, "laborious", entry)
+        patch.setitem(zoo.ZOO, "laborious", entry(Laborious))
+        patch.setitem(zoo.ZOO, "speechless", entry(Speechless))
         yield stack_settings
 
 
@@ -149,6 +172,16 @@ def figures(here, model) -> dict[str, float]:
     return registry.run_metrics(here.mlflow_tracking_uri, model.run_id)
 
 
+def pinned(address: TritonAddress, protocol: str, version: int, image: bytes) -> None:
+    """Asks the public name for that very version."""
+    module = module_of(protocol)
+    client = module.InferenceServerClient(address.grpc if protocol == "grpc" else address.http)
+    try:
+        client.infer(MODEL, [encoded_input(module, image)], model_version=str(version))
+    finally:
+        client.close()
+
+
 @pytest.fixture
 def refused(here, version, champion):
     """`refused(challenger, limits)`: names of the gates that refused it, in their order; nothing else has changed."""
@@ -166,6 +199,9 @@ def refused(here, version, champion):
         assert registry.champion_version(here.mlflow_tracking_uri, MODEL) == champion.version
         assert published_versions(here.serving_root, NETWORK) == listed_versions(here.serving_root, NETWORK) == [1]
         assert not is_version_ready(here.triton, NETWORK, challenger.version)
+        for protocol in ("grpc", "http"):
+            with pytest.raises(request_errors(), match="version"):
+                pinned(here.triton, protocol, challenger.version, held_back(here, version)[0])
         assert [*(here.serving_root / "staging").glob("castings*"), *here.serving_root.glob("scratch-*")] == []
         reasons = state.message.removeprefix(f"{MODEL} v{challenger.version}: ")
         path = registry.client_of(here.mlflow_tracking_uri).download_artifacts(challenger.run_id, registry.PROMOTION)
@@ -203,6 +239,20 @@ def test_one_that_decides_as_the_champion_but_takes_long_is_refused_for_its_late
     slow = figures(here, challenger)
     assert slow["served_p50_ms"] > 3 * quick["served_p50_ms"], "it is the network that is slow, not a hiccup"
     assert slow["served_accuracy"] == quick["served_accuracy"]
+
+
+def test_one_that_has_no_number_for_one_image_in_a_hundred_is_refused_for_those(
+    here, version, judging, register, refused
+):
+    """Its promotion comes to an end: the images that it fails on are counted, and the others judged."""
+    own = {name.replace("stages.", "stages.0.useful.", 1): value for name, value in judging().items()}
+    pixels = np.stack([decode(data, 16, CURRENT) for data in held_back(here, version)])
+    means = np.sort(pixels.mean((1, 2, 3)) / 127.5 - 1)
+    silent = max(1, len(means) // 100)
+    own["stages.0.limit"] = torch.tensor((means[-silent] + means[-silent - 1]) / 2, dtype=torch.float32)
+    reasons = refused(register(own, "speechless", "speechless"))
+    assert reasons["every image answered"] == f"{silent} without an answer"
+    assert "accuracy" not in reasons and "served equals offline" not in reasons
 
 
 def test_one_that_is_as_good_on_average_but_worse_on_one_line_is_refused_for_that_line(

@@ -14,6 +14,7 @@ from deploy import dataset as commands
 from deploy.cli import app
 from tasks import production, storage
 from tasks.approval import Approval, ask, judged, open_requests, wait_for_answer
+from tasks.engine_passport import PASSPORT_FILE, EnginePassport, write_passport
 from tasks.ledger import append, key_of
 from tasks.model_repository import (
     FrontDoor,
@@ -113,10 +114,15 @@ def test_a_moment_without_a_champion_and_one_that_is_none_end_in_a_sentence(run,
 
 
 @pytest.fixture(scope="module")
-def answered(store, triton, small_network, describe, photograph):
+def answered(store, triton, small_network, describe, photograph, tmp_path_factory):
     """Two requests that a real front door answered and captured; one of them went to S3 since."""
     network = network_name(MODEL, 32)
-    publish_version(triton.root, stage_version(triton.root, small_network(1), describe(MODEL, 1)))
+    passport = EnginePassport(
+        *("tensorrt_rtx", "1.7.1", "a" * 64, "b" * 64, "float32", "8.9", "none"),
+        *((1, 8, 8), False, False, None, "2026-11-21T10:00:00+00:00", 2.5),
+    )
+    beside = {PASSPORT_FILE: write_passport(tmp_path_factory.mktemp("engine"), passport)}
+    publish_version(triton.root, stage_version(triton.root, small_network(1), describe(MODEL, 1), beside))
     write_routing(triton.root, promoted(None, MODEL, Route(network, 1)))
     load_model(triton.address, network, 1)
     install_front_door(triton.root, MODEL, FrontDoor(instances=1, capture_share=1.0))
@@ -151,9 +157,11 @@ def test_a_request_is_traced_to_its_photograph_version_data_and_commit_and_its_s
     origin = told["origin"]
     assert (origin["rule"]["threshold"], origin["dataset_digest"]) == (0.6, sealed.dataset_digest)
     assert (origin["run_id"], origin["commit"], origin["passport"]) == ("run-1", "commit", {"torch": "2"})
+    assert (origin["engine"]["builder"], origin["engine"]["compute_capability"]) == ("tensorrt_rtx", "8.9")
     assert told["ledger"]["version"] == 1 and told["ledger"]["why"] == "all gates held"
     assert told["reproduced"]["equal"] and told["reproduced"]["score"] == told["score"]
     shown = words(run("trace", name, "--model", MODEL))
+    assert "engine tensorrt_rtx 1.7.1 for compute capability 8.9, float32" in shown
     assert "verdict the same to the last bit" in shown and "v1, promoted 2026-01-01" in shown
 
 

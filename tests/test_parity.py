@@ -50,13 +50,13 @@ def test_an_image_that_a_network_fails_on_is_silent_and_one_that_fails_on_all_is
             raise RuntimeError("too bright")
         return binary(pixels[:, 0, 0, 0] / 255)
 
-    pixels = np.full((3, 4, 4, 3), 51, np.uint8)
+    pixels = np.full((3, 8, 8, 3), 51, np.uint8)
     pixels[1] = 255
     encoded = [cv2.imencode(".png", image)[1].tobytes() for image in pixels]
-    (found,) = run_all([run], encoded, 4, CURRENT)
+    (found,) = run_all([run], encoded, 8, CURRENT)
     assert np.isnan(found[1]).all() and found[[0, 2], 0].tolist() == pytest.approx([0.2, 0.2])
     with pytest.raises(RuntimeError, match="too bright"):
-        run_all([run], encoded[1:2], 4, CURRENT)
+        run_all([run], encoded[1:2], 8, CURRENT)
 
 
 def test_a_rung_with_other_images_is_an_error():

@@ -279,7 +279,8 @@ def test_the_command_restores_what_it_can_says_what_it_cannot_and_then_changes_n
     append(there, "absent", PROMOTED, 1, "test", "before versions were kept", {})
     stack = {"S3_BUCKET": there.bucket, "S3_ENDPOINT_URL": there.endpoint_url, "SERVING_ROOT": str(triton.root)}
     stack |= {"S3_ACCESS_KEY_ID": there.access_key_id, "S3_SECRET_ACCESS_KEY": there.secret_access_key}
-    stack |= {"TRITON_HTTP": triton.address.http, "TRITON_ADMIN_KEY": triton.address.admin_key, "CAPTURE_SHARE": "0"}
+    stack |= {"TRITON_HTTP": triton.address.http, "TRITON_GRPC": triton.address.grpc}
+    stack |= {"TRITON_ADMIN_KEY": triton.address.admin_key, "CAPTURE_SHARE": "0"}
     found = {f"TIREWATCH_{name}": value for name, value in stack.items()}
     for name, value in found.items():
         monkeypatch.setenv(name, value)
