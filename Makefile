@@ -70,7 +70,7 @@ test-all: install .venv/.weights .venv/.photographs ## everything, with the slow
 test-slow: install ## the slow and the browser tests alone (pages need Debian's chromium)
 	$(BIN)/python -m pytest -m "slow or browser"
 
-bench: install .venv/.weights .venv/.photographs ## all benchmarks into docs/performance.md
+bench: install .venv/.weights .venv/.photographs ## all benchmarks into build/performance.md
 	$(BIN)/python -m benchmarks
 
 lock: .venv/.uv ## renew the locks from pyproject.toml and triton/requirements.in

@@ -1,4 +1,5 @@
-"""`make bench`: every benchmark in turn, their tables and figures into docs/performance.md.
+"""`make bench`: every benchmark in turn, their tables and figures into build/performance.md. docs/performance.md
+says what they mean and what was tried.
 
 A benchmark is a module of this package; run as `python -m benchmarks.<name>` it prints a table for people and, as its
 last line, one JSON object with every figure, the limits it was compared with, and the versions.
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PAGE = Path(__file__).parents[1] / "build" / "performance.md"
 INTRODUCTION = """# Performance
 
 Written by `make bench`. What counts are the ratios: each is taken against a bare limit or a peer *in the same
@@ -62,6 +63,7 @@ def main() -> None:
         print(printed, flush=True)
         sections.append(section(name, printed, figures))
     if chosen == names():
+        PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text("\n".join([INTRODUCTION, *sections]))
 
 
