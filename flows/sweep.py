@@ -3,7 +3,8 @@
 Compares what S3 and MLflow hold with what the line has decided: a complete batch that was neither ingested nor refused, a
 dataset version that no training decided about, a registered model without a verdict. Completes the records of a switch of
 champion that was killed, refuses what waited for a person for too long, lets the ONNX network answer where a server refuses a
-version's TensorRT plan, and uploads what answers and is not on S3 yet. Runs on a schedule; by hand:
+version's TensorRT plan, uploads what answers and is not on S3 yet, and takes old versions off the server's disk. Runs on a
+schedule; by hand:
 
     prefect deployment run 'sweep/line'
 
@@ -40,6 +41,11 @@ class SweepOptions(BaseModel):
         30, ge=0, description="A batch without a marker counts as complete when nothing came for so long"
     )
     look_back_days: float = Field(30, gt=0, description="Batches that were uploaded earlier are not looked at")
+    keep_versions: int = Field(
+        5,
+        ge=1,
+        description="The newest versions of a model that stay on the server's disk; of older ones, those in use",
+    )
 
 
 @flow(name="sweep")
@@ -55,6 +61,7 @@ def sweep(options: SweepOptions = SweepOptions()) -> State[Any]:
         log.warning("%s: sending %s again", each.what, each.event)
         repeat(each)
     done = [*complete_switches(here, options), *end_approvals(here), *answer_without_plans(here), *keep_copies(here)]
+    done += make_room(here, options)
     if lost:
         show(lost)
         return Completed(name="Repeated", message="; ".join([*(each.what for each in lost), *done]))
@@ -149,6 +156,20 @@ def keep_copies(here: Settings) -> list[str]:
         for route in upload_routed(here.store, here.serving_root, model)
     ]
     return [f"{route.network} version {route.version} was not on S3" for route in uploaded]
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def make_room(here: Settings, options: SweepOptions) -> list[str]:
+    """Old versions that nobody needs on the server's disk leave it; S3 holds them."""
+    from tasks.model_repository import front_doors
+    from tasks.pruning import prune
+
+    gone = [
+        route
+        for model in front_doors(here.serving_root)
+        for route in prune(here.store, here.serving_root, here.mlflow_tracking_uri, model, options.keep_versions)
+    ]
+    return [f"{route.network} version {route.version} is on S3 and left the server's disk" for route in gone]
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)

@@ -7,9 +7,11 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -146,19 +148,19 @@ def _on_s3(store: Store, model: str, request_id: str, day: date | None) -> Itera
 def trace(captured: Captured, store: Store, root: Path, tracking_uri: str, accelerator: "Accelerator") -> Trace:
     """Everything behind the answer, and the score computed again from the captured photograph.
 
-    Raises LookupError when neither the server's disk nor MLflow holds the version.
+    Raises LookupError when neither the server's disk nor S3 nor MLflow holds the version.
     """
-    directory = sealed_directory(root, captured.model, captured.version)
-    if directory is not None:
-        origin = replace(_of_seal(read_sealed(directory)), engine=read_passport(directory))
-        by = f"the sealed network {directory.parent.name}/{directory.name}"
-        if (directory / PLAN_FILE).exists():
-            by += ", the one that its TensorRT plan was built from"
-        probabilities = _by_artifact(directory, _pixels(captured, origin), accelerator)
-    else:
-        origin = _of_card(tracking_uri, captured.model, captured.version)
-        by = "the registered PyTorch network: the sealed one is no longer on this server"
-        probabilities = _by_registered(tracking_uri, captured, _pixels(captured, origin))
+    with _sealed(store, root, captured.model, captured.version) as directory:
+        if directory is not None:
+            sealed = read_sealed(directory, verify_files=False)
+            origin, by = _of_seal(sealed, directory), f"the sealed network {sealed.network}/{sealed.version}"
+            if PLAN_FILE in sealed.files:
+                by += ", the one that its TensorRT plan was built from"
+            probabilities = _by_artifact(directory, _pixels(captured, origin), accelerator)
+        else:
+            origin = _of_card(tracking_uri, captured.model, captured.version)
+            by = "the registered PyTorch network: no sealed one is on this server or on S3"
+            probabilities = _by_registered(tracking_uri, captured, _pixels(captured, origin))
     return Trace(
         captured=captured,
         image_sha256=hashlib.sha256(captured.image).hexdigest(),
@@ -168,6 +170,19 @@ def trace(captured: Captured, store: Store, root: Path, tracking_uri: str, accel
         score=float(score(probabilities, origin.rule)[0]),
         entry=champion_at(read_ledger(store, captured.model), captured.at),
     )
+
+
+@contextmanager
+def _sealed(store: Store, root: Path, model: str, version: int) -> Iterator[Path | None]:
+    """The sealed directory of the version that runs on a processor, from the server's disk or from S3; None without any."""
+    from tasks.version_store import fetch_files, stored_networks
+
+    if directory := sealed_directory(root, model, version):
+        yield directory
+        return
+    with TemporaryDirectory(prefix="tirewatch-") as folder:
+        names = stored_networks(store, model, version)
+        yield fetch_files(store, names[0], version, Path(folder)) if names else None
 
 
 def sealed_directory(root: Path, model: str, version: int) -> Path | None:
@@ -200,7 +215,7 @@ def _by_registered(tracking_uri: str, captured: Captured, pixels: NDArray[np.uin
     return torch_run(load_network(tracking_uri, captured.model, captured.version))(pixels)
 
 
-def _of_seal(sealed: SealedVersion) -> Origin:
+def _of_seal(sealed: SealedVersion, directory: Path) -> Origin:
     return Origin(
         sealed.rule,
         sealed.preprocessing,
@@ -212,6 +227,7 @@ def _of_seal(sealed: SealedVersion) -> Origin:
         sealed.commit,
         sealed.precision,
         dict(sealed.passport),
+        read_passport(directory),
     )
 
 

@@ -133,21 +133,31 @@ def fetch_version(
     staged = root / "staging" / f"{network}-{version}-{uuid.uuid4().hex[:8]}"
     staged.mkdir(parents=True)
     try:
-        for name, digest in sealed.files.items():
-            read_into(store, f"{folder_of(network, version)}/{digest}/{name}", staged / name)
-        write_durably(staged / SEAL, data.decode())
-        return publish_version(root, staged, runtime)
+        return publish_version(root, fetch_files(store, network, version, staged), runtime)
     except (InvalidVersion, FileNotFoundError):
         shutil.rmtree(staged, ignore_errors=True)
         raise
 
 
+def fetch_files(store: Store, network: str, version: int, folder: Path) -> Path:
+    """Every file of a stored version into the folder, the seal last; the folder. Raises InvalidVersion where one is not as
+    sealed, and FileNotFoundError.
+    """
+    data = read(store, f"{folder_of(network, version)}/{SEAL}")
+    sealed = _parsed(data, network, version)
+    for name in sealed.files:
+        fetch_file(store, sealed, name, folder / name)
+    write_durably(folder / SEAL, data.decode())
+    return folder
+
+
 def fetch_file(store: Store, sealed: SealedVersion, name: str, path: Path) -> None:
     """One file of a stored version, as sealed. Raises InvalidVersion where it is not, and FileNotFoundError."""
     read_into(store, f"{folder_of(sealed.network, sealed.version)}/{sealed.files[name]}/{name}", path)
-    if file_digest(path) != sealed.files[name]:
+    if (found := file_digest(path)) != sealed.files[name]:
         raise InvalidVersion(
-            f"{sealed.network} version {sealed.version} on S3: {name} is not as sealed: register a new version instead"
+            f"{sealed.network} version {sealed.version} on S3: {name} has sha256 {found[:12]} and was sealed as "
+            f"{sealed.files[name][:12]}: somebody changed it; register a new version instead"
         )
 
 

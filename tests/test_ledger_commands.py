@@ -22,9 +22,11 @@ from tasks.model_repository import (
     network_name,
     publish_version,
     stage_version,
+    version_directory,
 )
 from tasks.routing import Route, promoted, write_routing
 from tasks.serving import infer_front_door, load_model
+from tasks.version_store import upload_version
 
 MODEL = "traced"
 
@@ -163,6 +165,18 @@ def test_a_request_is_traced_to_its_photograph_version_data_and_commit_and_its_s
     shown = words(run("trace", name, "--model", MODEL))
     assert "engine tensorrt_rtx 1.7.1 for compute capability 8.9, float32" in shown
     assert "verdict the same to the last bit" in shown and "v1, promoted 2026-01-01" in shown
+
+
+def test_a_version_that_left_the_disk_is_traced_with_the_sealed_network_that_s3_holds(run, store, triton, answered):
+    directory = version_directory(triton.root, network_name(MODEL, 32), 1)
+    upload_version(store, directory)
+    away = directory.rename(triton.root / "away")
+    try:
+        told = json.loads(run("trace", "archived", "--json").output)
+    finally:
+        away.rename(directory)
+    assert told["reproduced"]["equal"] and told["reproduced"]["by"] == f"the sealed network {MODEL}_onnx_32/1"
+    assert told["origin"]["engine"]["builder"] == "tensorrt_rtx"
 
 
 def test_a_score_that_the_network_does_not_give_again_is_told_and_is_an_error(run, store, triton, answered):
