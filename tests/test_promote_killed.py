@@ -22,6 +22,7 @@ from prefect.settings import PREFECT_API_URL
 from tasks.inference import open_network
 from tasks.ledger import breaks, champion_at, read_ledger
 from tasks.model_repository import network_name, repository
+from tasks.probe import ProbeLoad
 from tasks.proof import Golden
 from tasks.registry import champion_version
 from tasks.routing import read_routing
@@ -150,22 +151,24 @@ def test_whichever_write_a_switch_dies_at_one_version_answers_and_the_rerun_conv
     assert {"s3", "rename", "replace", "alias", "event"} <= set(writes)
     version, seen, uploaded = 2, set(), set()
     moments = [*((number, "before") for number in range(1, len(writes) + 1)), (len(writes), "after")]
-    for number, when in moments:
-        version += 1
-        killed = run(job(version), number, when)
-        assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr[-2000:]
-        table = read_routing(place.root, MODEL)
-        assert table.champion.version in (version - 1, version), f"{when} write {number}, {writes[number - 1]}"
-        assert answering() == table.champion.version
-        seen.add(table.champion.version == version)
-        for directory in (repository(place.root) / network).glob("[0-9]*"):  # what Triton would take for a version
-            read_sealed(directory)
-        uploaded.add(is_on_s3(place, network, version, tmp_path))
-        again = run(job(version))
-        assert again.returncode == 0, again.stderr[-2000:]
-        assert answering() == read_routing(place.root, MODEL).champion.version == version
-        assert champion_version(place.tracking_uri, MODEL) == version
-        assert is_on_s3(place, network, version, tmp_path)
+    with ProbeLoad(triton.address, MODEL, [photograph(seed) for seed in range(4)], pause=0.05) as load:
+        for number, when in moments:
+            version += 1
+            killed = run(job(version), number, when)
+            assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr[-2000:]
+            table = read_routing(place.root, MODEL)
+            assert table.champion.version in (version - 1, version), f"{when} write {number}, {writes[number - 1]}"
+            assert answering() == table.champion.version
+            seen.add(table.champion.version == version)
+            for directory in (repository(place.root) / network).glob("[0-9]*"):  # what Triton would take for a version
+                read_sealed(directory)
+            uploaded.add(is_on_s3(place, network, version, tmp_path))
+            again = run(job(version))
+            assert again.returncode == 0, again.stderr[-2000:]
+            assert answering() == read_routing(place.root, MODEL).champion.version == version
+            assert champion_version(place.tracking_uri, MODEL) == version
+            assert is_on_s3(place, network, version, tmp_path)
+    assert len(load.probes) > 20 * len(moments) and [probe for probe in load.probes if probe.error] == []
     assert uploaded == {True, False}, "some of the writes came before the seal on S3 and some after it"
     assert seen == {True, False}, "some of the writes came before the commit point and some after it"
     entries = read_ledger(place.store, MODEL)
