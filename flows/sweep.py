@@ -138,9 +138,9 @@ def answer_without_plans(here: Settings) -> list[str]:
     told = []
     for model in front_doors(here.serving_root):
         runtime = Runtime(accelerator=here.cpu_accelerator)
-        if choice := make_answer(here.serving_root, here.triton, model, runtime):
-            log.warning("%s: %s", model, choice.why)
-            told.append(f"{model}: {choice.why}")
+        if why := make_answer(here.serving_root, here.triton, model, runtime):
+            log.warning("%s: %s", model, why)
+            told.append(f"{model}: {why}")
     return told
 
 

@@ -1,15 +1,14 @@
-"""What an engine was built from, by what and for which cards; and what to do on a server that it does not fit. Pure but for
-the reading and writing of its file.
+"""What an engine was built from, by what and for which cards, and whether a server can run it. Pure but for the reading and
+writing of its file.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 Builder = Literal["tensorrt", "tensorrt_rtx"]
-Action = Literal["engine", "rebuild", "onnx"]
 PASSPORT_FILE: Final = "engine.json"
 AMPERE: Final = (8, 0)
 
@@ -36,6 +35,21 @@ class EnginePassport:
     built_at: str  # ISO 8601, UTC
     build_seconds: float
 
+    def is_of(self, other: "EnginePassport") -> bool:
+        """Whether both were built from the same network in the same way, wherever and whenever."""
+        return (
+            replace(
+                self,
+                engine_sha256=other.engine_sha256,
+                builder_version=other.builder_version,
+                compute_capability=other.compute_capability,
+                device=other.device,
+                built_at=other.built_at,
+                build_seconds=other.build_seconds,
+            )
+            == other
+        )
+
 
 @dataclass(frozen=True)
 class EngineServer:
@@ -45,14 +59,6 @@ class EngineServer:
     version: str
     compute_capability: str
     device: str
-
-
-@dataclass(frozen=True)
-class Choice:
-    """engine: it fits. rebuild: it does not, and can be built here. onnx: the ONNX network of the same version answers."""
-
-    action: Action
-    why: str
 
 
 def mismatches(passport: EnginePassport, server: EngineServer) -> tuple[str, ...]:
@@ -79,27 +85,6 @@ def mismatches(passport: EnginePassport, server: EngineServer) -> tuple[str, ...
 def matches(passport: EnginePassport, server: EngineServer) -> bool:
     """Whether the server can run the engine as it is."""
     return not mismatches(passport, server)
-
-
-def choose(passport: EnginePassport | None, onnx_sha256: str, server: EngineServer | None, can_build: bool) -> Choice:
-    """What answers for a version whose ONNX network has this digest. server: None where there is no card or no runtime.
-    Whatever is wrong, something answers: the ONNX network of the same version has passed the same gates.
-    """
-    if server is None:
-        return Choice("onnx", "this server has no card or no TensorRT: the ONNX network of the same version answers")
-    if passport is None:
-        wrong: tuple[str, ...] = ("there is no engine yet",)
-    elif passport.onnx_sha256 != onnx_sha256:
-        wrong = (f"the engine is of another network ({passport.onnx_sha256[:12]}, not {onnx_sha256[:12]})",)
-    else:
-        wrong = mismatches(passport, server)
-    if not wrong:
-        return Choice(
-            "engine", f"built by {server.builder} {server.version} for compute capability {server.compute_capability}"
-        )
-    if can_build:
-        return Choice("rebuild", "; ".join(wrong))
-    return Choice("onnx", f"{'; '.join(wrong)}; it cannot be built here: the ONNX network of the same version answers")
 
 
 def write_passport(directory: Path, passport: EnginePassport) -> Path:

@@ -8,15 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
 
-from tasks.engine_passport import (
-    PASSPORT_FILE,
-    Choice,
-    EnginePassport,
-    EngineServer,
-    choose,
-    read_passport,
-    write_passport,
-)
+from tasks.engine_passport import PASSPORT_FILE, EnginePassport, EngineServer, matches, read_passport, write_passport
 from tasks.export import Export
 from tasks.gates import Gate
 from tasks.model_repository import (
@@ -84,7 +76,7 @@ def stage_engine(root: Path, staged: Path, how: Export, tell: Tell = log.info, s
 
 
 def _kept(store: "Store", sealed: SealedVersion, wanted: EnginePassport, engine: Path) -> EnginePassport | None:
-    """The engine that S3 holds for this version and that is what would be built here, written to `engine`; else None."""
+    """The engine that S3 holds for this version, where it is of the same making and runs here; written to `engine`."""
     from tasks.version_store import fetch_file, stored_version
 
     planned = wanted.builder == "tensorrt"
@@ -94,7 +86,8 @@ def _kept(store: "Store", sealed: SealedVersion, wanted: EnginePassport, engine:
         return None
     fetch_file(store, there, PASSPORT_FILE, engine.with_name(PASSPORT_FILE))
     found = read_passport(engine.parent)
-    if found is None or replace(found, engine_sha256="", built_at="", build_seconds=0.0) != wanted:
+    here = EngineServer(wanted.builder, wanted.builder_version, wanted.compute_capability, wanted.device)
+    if found is None or not found.is_of(wanted) or not matches(found, here):
         return None
     fetch_file(store, there, engine.name, engine)
     return found
@@ -143,31 +136,9 @@ def require_no_rehearsal(sealed: SealedVersion) -> None:
         )
 
 
-def keep_answering(
-    root: Path, address: "TritonAddress", model: str, server: EngineServer | None, runtime: "Runtime | None" = None
-) -> Choice | None:
-    """Routes a model whose champion is a plan that this server cannot run to the ONNX network of the same version, loaded
-    first; says what was chosen and why. None where the champion is no plan, or fits.
-
-    Judges by the passport, so `server` must be the one that serves; where a running server can be asked, `make_answer` is.
-    """
-    table = read_routing(root, model)
-    if table is None:
-        return None
-    directory = version_directory(root, table.champion.network, table.champion.version)
-    passport = read_passport(directory)
-    if passport is None or passport.builder != "tensorrt":
-        return None
-    choice = choose(passport, read_sealed(directory).files[NETWORK_FILE], server, can_build=False)
-    if choice.action == "engine":
-        return None
-    _route_to_twins(root, address, table, {table.champion}, runtime)
-    return choice
-
-
-def make_answer(root: Path, address: "TritonAddress", model: str, runtime: "Runtime | None" = None) -> Choice | None:
-    """`keep_answering` by what the running server itself says: plans of the table that it refuses to load give way to the ONNX
-    networks of their versions. None where nothing has to change, or no server is up.
+def make_answer(root: Path, address: "TritonAddress", model: str, runtime: "Runtime | None" = None) -> str | None:
+    """Plans of the table that the running server refuses to load give way to the ONNX networks of their versions; which, why.
+    None where nothing has to change, or no server is up.
 
     The version in force stays the same, so the ledger has nothing to say about it.
     """
@@ -185,7 +156,7 @@ def make_answer(root: Path, address: "TritonAddress", model: str, runtime: "Runt
         return None
     _route_to_twins(root, address, table, refused.keys(), runtime)
     told = "; ".join(f"{route.network} version {route.version}: {why}" for route, why in refused.items())
-    return Choice("onnx", f"{told}: the ONNX network of the same version answers")
+    return f"{told}: the ONNX network of the same version answers"
 
 
 def is_plan(root: Path, route: Route) -> bool:

@@ -83,8 +83,8 @@ def restore(place: Place, server: Server) -> Restored:
     if not installed or loaded or not is_version_ready(server.address, place.model):
         load_model(server.address, place.model)
     written = table or _reveal(place.root, _of(wanted, there, instead))
-    if choice := make_answer(place.root, server.address, place.model, server.runtime):
-        notes.append(choice.why)
+    if why := make_answer(place.root, server.address, place.model, server.runtime):
+        notes.append(why)
     return Restored(written, tuple(fetched), golden, tuple(loaded), table is None, tuple(notes))
 
 

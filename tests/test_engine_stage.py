@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from tasks.engine_passport import PASSPORT_FILE, EnginePassport, EngineServer, read_passport, write_passport
+from tasks.engine_passport import PASSPORT_FILE, EnginePassport, read_passport, write_passport
 from tasks.engine_stage import (
     RTX_FILE,
     engine_gates,
-    keep_answering,
     make_answer,
     publish_twin,
     require_no_rehearsal,
@@ -150,26 +149,6 @@ def test_the_network_that_a_plan_was_built_from_becomes_a_version_of_its_own(tmp
     assert 'backend: "tensorrt"' in (repository(tmp_path) / "lids_trt_32" / "config.pbtxt").read_text()
 
 
-def test_on_a_server_that_cannot_run_the_plan_the_onnx_network_answers_and_it_is_said_why(triton, planned, photograph):
-    from tasks.model_repository import install_front_door
-
-    directory = planned(triton.root, "lids")
-    write_routing(triton.root, RoutingTable("lids", Route("lids_trt_32", 4), revision=1))
-    fits = EngineServer("tensorrt", "10.13.2", "8.6", "NVIDIA A10")
-    assert keep_answering(triton.root, triton.address, "lids", fits) is None
-    assert read_routing(triton.root, "lids").champion.network == "lids_trt_32"
-    choice = keep_answering(triton.root, triton.address, "lids", replace(fits, version="11.1.0"))
-    assert choice.action == "onnx" and "the server has 11.1.0" in choice.why
-    table = read_routing(triton.root, "lids")
-    assert (table.champion, table.revision) == (Route("lids_onnx_32", 4), 2)
-    install_front_door(triton.root, "lids")
-    load_model(triton.address, "lids")
-    assert is_version_ready(triton.address, "lids_onnx_32", 4)
-    assert infer_front_door(triton.address, "lids", photograph(1)).model_version == 4
-    assert keep_answering(triton.root, triton.address, "lids", None) is None, "the champion is no plan any more"
-    assert directory.exists()
-
-
 @pytest.fixture
 def refused(triton, planned):
     """`refused(model)`: the routing table of a model whose champion is a plan, on a server without a card."""
@@ -206,8 +185,8 @@ def test_a_server_that_came_up_and_refuses_the_plan_answers_with_the_onnx_networ
         client.create_model_version("pots", f"{run.info.artifact_uri}/model", run.info.run_id)
     append(store, "pots", PROMOTED, 4, "test", "all gates held", {})
     set_alias(mlflow_uri, "pots", CHAMPION, 4)
-    choice = make_answer(triton.root, triton.address, "pots")
-    assert choice.action == "onnx" and choice.why.startswith("pots_trt_32 version 4: loading pots_trt_32 ")
+    why = make_answer(triton.root, triton.address, "pots")
+    assert why.startswith("pots_trt_32 version 4: loading pots_trt_32 ")
     assert infer_front_door(triton.address, "pots", photograph(1)).model_version == 4
     after = read_routing(triton.root, "pots")
     assert (after.champion, after.revision) == (Route("pots_onnx_32", 4), table.revision + 1)
@@ -226,7 +205,7 @@ def test_a_rollback_to_a_plan_that_the_server_refuses_finds_its_onnx_network(tri
     load_model(triton.address, "jars_onnx_32", 5)
     after = replace(table, champion=Route("jars_onnx_32", 5), previous=table.champion, revision=4)
     write_routing(triton.root, after)
-    assert make_answer(triton.root, triton.address, "jars").action == "onnx"
+    assert "ONNX network of the same version answers" in make_answer(triton.root, triton.address, "jars")
     routed = read_routing(triton.root, "jars")
     assert (routed.champion, routed.previous) == (Route("jars_onnx_32", 5), Route("jars_onnx_32", 4))
     assert all(is_version_ready(triton.address, "jars_onnx_32", version) for version in (4, 5))

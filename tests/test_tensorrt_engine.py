@@ -13,7 +13,6 @@ import torch
 from tasks.engine_passport import (
     EnginePassport,
     EngineServer,
-    choose,
     matches,
     mismatches,
     read_passport,
@@ -200,21 +199,16 @@ def test_compatible_engines_run_on_later_versions_and_other_cards(changes, serve
     assert matches(replace(PLAN, **changes), replace(SERVER, **server)) is runs
 
 
-@pytest.mark.parametrize(
-    ("passport", "server", "can_build", "action", "why"),
-    [
-        (PLAN, SERVER, True, "engine", "compute capability 8.6"),
-        (PLAN, None, True, "onnx", "no card or no TensorRT"),
-        (None, SERVER, True, "rebuild", "no engine yet"),
-        (None, SERVER, False, "onnx", "cannot be built here: the ONNX network of the same version answers"),
-        (replace(PLAN, onnx_sha256="c" * 64), SERVER, True, "rebuild", "of another network"),
-        (replace(PLAN, builder_version="10.9"), SERVER, True, "rebuild", "built by tensorrt 10.9"),
-        (replace(PLAN, builder_version="10.9"), SERVER, False, "onnx", "built by tensorrt 10.9"),
-    ],
-)
-def test_whatever_the_engine_something_answers_and_says_why(passport, server, can_build, action, why):
-    choice = choose(passport, "a" * 64, server, can_build)
-    assert choice.action == action and why in choice.why
+def test_engines_of_one_making_are_told_from_others():
+    elsewhere = replace(PLAN, builder_version="11.1.0", compute_capability="8.9", device="NVIDIA L4", built_at="2027")
+    assert PLAN.is_of(elsewhere) and elsewhere.is_of(PLAN)
+    for change in (
+        {"onnx_sha256": "c" * 64},
+        {"profile": (1, 4, 4)},
+        {"precision": "int8"},
+        {"version_compatible": True},
+    ):
+        assert not PLAN.is_of(replace(PLAN, **change)), change
 
 
 def test_a_damaged_passport_is_named(tmp_path):
