@@ -36,7 +36,7 @@ from tasks.sealed import file_digest, read_sealed
 from tasks.serving import NotServed, infer_front_door, is_version_ready
 from tasks.sources import digit_folders, upload_folder
 from tasks.trace import Captured, trace
-from tasks.version_store import stored_golden, stored_version
+from tasks.version_store import folder_of, stored_golden, stored_version
 
 MODEL = "scans"
 NETWORK = network_name(MODEL, 16)
@@ -438,6 +438,14 @@ def test_a_request_is_reproduced_by_the_registered_network_where_the_sealed_one_
     captured = Captured(MODEL, "request", datetime.now(UTC), *facts)
     places = (here.store, here.serving_root, here.mlflow_tracking_uri, here.cpu_accelerator)
     assert trace(captured, *places).equal
-    again = trace(captured, here.store, tmp_path, here.mlflow_tracking_uri, here.cpu_accelerator)
+    from_s3 = trace(captured, here.store, tmp_path, here.mlflow_tracking_uri, here.cpu_accelerator)
+    assert from_s3.equal and from_s3.by == trace(captured, *places).by
+    seal = f"{folder_of(NETWORK, served.model_version)}/version.json"
+    kept = storage.read(here.store, seal)
+    storage.delete(here.store, [seal])
+    try:
+        again = trace(captured, here.store, tmp_path, here.mlflow_tracking_uri, here.cpu_accelerator)
+    finally:
+        storage.write(here.store, seal, kept)
     assert again.by.startswith("the registered PyTorch network") and again.label == served.label
     assert again.difference < 1e-4 and again.entry.version == served.model_version
