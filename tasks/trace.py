@@ -6,6 +6,7 @@ Only sampled requests are captured (`TIREWATCH_CAPTURE_SHARE`); a recipe that mu
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -50,7 +51,7 @@ class Captured:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the version was made of, as its seal says, or its card in MLflow where the sealed directory is gone.
+    """What the version was made of, as its seal says, or its card in MLflow where neither the server nor S3 holds it any more.
 
     engine: the passport of the TensorRT engine that is sealed with it, if there is one.
     """
@@ -181,8 +182,9 @@ def _sealed(store: Store, root: Path, model: str, version: int) -> Iterator[Path
         yield directory
         return
     with TemporaryDirectory(prefix="tirewatch-") as folder:
-        names = stored_networks(store, model, version)
-        yield fetch_files(store, names[0], version, Path(folder)) if names else None
+        named = re.compile(rf"{re.escape(model)}_onnx_\d+")
+        name = next(filter(named.fullmatch, stored_networks(store, model, version)), None)
+        yield fetch_files(store, name, version, Path(folder)) if name else None
 
 
 def sealed_directory(root: Path, model: str, version: int) -> Path | None:
