@@ -1,6 +1,6 @@
 """How far several people agree about the same photographs, whom to trust, and which label their votes add up to. Pure.
 
-Cohen's kappa for two people (Cohen 1960), Fleiss' for all (Fleiss 1971; with unequal numbers of votes as in Gwet's handbook),
+Cohen's kappa for two people (Cohen 1960), Fleiss' for all (Fleiss 1971; with unequal numbers of votes as Gwet 2014 has it),
 CROWDLAB for labels and people (Goh, Tkachenko, Mueller 2022), by cleanlab. A kappa of 1 is full agreement, 0 that of chance.
 """
 
@@ -142,13 +142,18 @@ def pair_agreements(votes: Votes) -> tuple[PairAgreement, ...]:
 
 
 def fleiss_kappa(votes: Votes) -> float:
-    """Agreement of all beyond chance, over the photographs with two votes or more; NaN where only one label occurs."""
+    """Agreement of all beyond chance; NaN where only one label occurs. Of unequal numbers of votes as Gwet has it (Handbook of
+    Inter-Rater Reliability, 4th edition, 2014; `fleiss.kappa.raw` of his R package irrCAC): the agreement is that of the
+    photographs with two votes or more, the share of a label is the mean over all photographs, each of which counts once.
+    """
     counts = np.stack([(votes.table == number).sum(axis=1) for number in range(len(votes.classes))], axis=1)
-    counts = counts[counts.sum(axis=1) > 1]
-    raters = counts.sum(axis=1)
-    observed = float(((counts * (counts - 1)).sum(axis=1) / (raters * (raters - 1))).mean())
-    by_chance = float(((counts.sum(axis=0) / counts.sum()) ** 2).sum())
-    return float("nan") if by_chance == 1 else (observed - by_chance) / (1 - by_chance)
+    counts = counts[counts.sum(axis=1) > 0]
+    shares = (counts / counts.sum(axis=1, keepdims=True)).mean(axis=0)
+    several = counts[counts.sum(axis=1) > 1]
+    raters = several.sum(axis=1)
+    observed = float(((several * (several - 1)).sum(axis=1) / (raters * (raters - 1))).mean())
+    by_chance = float((shares**2).sum())
+    return float("nan") if by_chance > 1 - 1e-12 else (observed - by_chance) / (1 - by_chance)
 
 
 def consensus(votes: Votes, probabilities: NDArray[np.float64] | None = None) -> Consensus:

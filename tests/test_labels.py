@@ -165,10 +165,33 @@ def test_fleiss_kappa_is_that_of_the_worked_example() -> None:
     assert fleiss_kappa(votes(table, 5)) == pytest.approx(0.210, abs=0.0005)
 
 
-def test_fleiss_kappa_of_two_raters_is_scotts_pi_and_ignores_photographs_with_one_vote() -> None:
+def test_fleiss_kappa_of_equally_many_votes_is_that_of_statsmodels() -> None:
+    from statsmodels.stats.inter_rater import aggregate_raters
+    from statsmodels.stats.inter_rater import fleiss_kappa as by_statsmodels
+
+    table = np.random.default_rng(2).integers(0, 3, (40, 4)) * np.random.default_rng(3).integers(0, 2, (40, 1))
+    assert fleiss_kappa(votes(table.tolist(), 3)) == pytest.approx(by_statsmodels(aggregate_raters(table)[0]))
+
+
+def test_fleiss_kappa_of_two_raters_is_scotts_pi() -> None:
     table = [[0, 0]] * 45 + [[0, 1]] * 15 + [[1, 0]] * 25 + [[1, 1]] * 15
     assert fleiss_kappa(votes(table, 2)) == pytest.approx((0.60 - 0.545) / (1 - 0.545))
-    assert fleiss_kappa(votes([*table, [1, -1], [-1, 1]], 2)) == fleiss_kappa(votes(table, 2))
+
+
+# Twelve subjects, four raters of whom none rated all: Gwet, Handbook of Inter-Rater Reliability (4th edition), page 120.
+# irrCAC says of them: agreement 0.81818, by chance 0.23872, kappa 0.76117.
+GWET = [
+    [1, 1, 0, 1], [2, 2, 3, 2], [3, 3, 3, 3], [3, 3, 3, 3], [2, 2, 2, 2], [1, 2, 3, 4],
+    [4, 4, 4, 4], [1, 1, 2, 1], [2, 2, 2, 2], [0, 5, 5, 5], [0, 0, 1, 1], [0, 0, 3, 0],
+]  # fmt: skip
+
+
+def test_fleiss_kappa_of_unequally_many_votes_is_that_of_gwets_example() -> None:
+    """A photograph with one vote says nothing about agreement, but it does about how often a label is given."""
+    table = (np.array(GWET) - 1).tolist()
+    assert fleiss_kappa(votes(table, 5)) == pytest.approx(0.76117, abs=0.000005)
+    assert fleiss_kappa(votes([*table, [-1, -1, -1, -1]], 5)) == fleiss_kappa(votes(table, 5))
+    assert fleiss_kappa(votes([*table, [-1, 0, -1, -1]], 5)) != fleiss_kappa(votes(table, 5))
 
 
 def test_cohens_kappa_is_that_of_the_worked_example() -> None:
