@@ -21,6 +21,7 @@ PARAMETER_MODELS: Final = {
     "train": "config",
     "tune": "config",
     "scenario": "config",
+    "labels": "config",
     "promote": "limits",
 }  # deployment -> its model parameter
 
@@ -45,7 +46,7 @@ def for_recipe(
 ) -> dict[str, Any]:
     """The parsed prefect.yaml with only the template's deployments, renamed to `name` and with changed parameters.
 
-    options, config and limits replace single fields of the ingest, train and promote parameters.
+    options replace single fields of what ingest is given, limits of promote, config of every flow that trains.
     Raises LookupError when prefect.yaml has no such template.
     """
     known = sorted({found["name"] for found in parsed["deployments"] if flow_of(found) == "promote"})

@@ -93,6 +93,12 @@ def test_parameters_are_accepted_by_the_flow(deployment: dict[str, Any]) -> None
         flow.validate_parameters({**given, "epocs": 3})
 
 
+@pytest.mark.parametrize("deployment", [d for d in EVERY if flow_of(d) == "labels"], ids=name_of)
+def test_labels_are_judged_by_the_training_of_their_own_recipe(deployment: dict[str, Any]) -> None:
+    [train] = [found for found in EVERY if name_of(found) == f"train/{deployment['name']}"]
+    assert deployment["parameters"]["config"] == train["parameters"]["config"]
+
+
 @pytest.mark.parametrize("deployment", [d for d in EVERY if flow_of(d) in ("tune", "scenario")], ids=name_of)
 def test_a_search_starts_from_what_the_recipe_trains_with(deployment: dict[str, Any]) -> None:
     from tasks.candidates import Scenario, configurations
@@ -155,6 +161,8 @@ def test_a_new_recipe_is_the_template_under_another_name() -> None:
     [original] = [found for found in DEPLOYMENTS if name_of(found) == "train/solar_cells"]
     assert train["parameters"]["dataset"] == "photographs"
     assert train["parameters"]["config"] == {**original["parameters"].get("config", {}), "defect_labels": ["worn"]}
+    for other in (found for found in made["deployments"] if flow_of(found) in ("tune", "scenario", "labels")):
+        assert other["parameters"]["config"] == train["parameters"]["config"], name_of(other)
     assert train["triggers"][0]["match"] == {"prefect.resource.id": "tirewatch.dataset.photographs"}
     assert "photographs" not in str(PARSED)
     for deployment in made["deployments"]:
