@@ -4,14 +4,13 @@
 SQLite file. A store gets its answer only when the event is accepted (200) or the batch is safe on disk (202).
 """
 
-import asyncio
 import base64
 import binascii
 import ipaddress
 import logging
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Annotated, Final
 
@@ -37,13 +36,8 @@ def create_app(settings: BridgeSettings | None = None) -> FastAPI:
         for library in ("httpx", "botocore", "boto3"):
             logging.getLogger(library).setLevel(logging.WARNING)
         app.state.bridge = bridge = Bridge(chosen)
-        publishing = asyncio.create_task(bridge.publish_due())
-        if bridge.queue is not None:
-            bridge.queue.start()
+        bridge.start()
         yield
-        publishing.cancel()
-        with suppress(asyncio.CancelledError):
-            await publishing
         await bridge.close()
 
     app = FastAPI(title="tirewatch bridge", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -78,8 +72,11 @@ def refused(bridge: Bridge, request: Request, reason: str, answer: HTTPException
     return answer
 
 
-async def health(bridge: BridgeOf) -> dict[str, object]:
-    """200 as long as the process works: a Prefect or a queue that is away is no reason to restart the bridge."""
+async def health(bridge: BridgeOf, response: Response) -> dict[str, object]:
+    """200 as long as the process works: a Prefect or a queue that is away is no reason to restart the bridge. 503 when nobody
+    publishes any more, which is one.
+    """
+    response.status_code = 200 if bridge.publishes else 503
     return bridge.health()
 
 

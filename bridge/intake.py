@@ -43,14 +43,22 @@ class Bridge:
         self._posts: set[asyncio.Task[bool]] = set()
         self._woken = asyncio.Event()
         self._failed_at: dict[Batch, float] = {}
+        self._publishing: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """The publishing loop, and the queue's thread if there is a queue. Call it on the event loop."""
+        self._publishing = asyncio.create_task(self.publish_due(), name="publishing")
+        if self.queue is not None:
+            self.queue.start()
 
     async def close(self) -> None:
         """What was not posted yet is on disk and posted by the next process."""
         if self.queue is not None:
             self.queue.stop()
-        for post in self._posts:
-            post.cancel()
-        await asyncio.gather(*self._posts, return_exceptions=True)
+        tasks = [*self._posts, *([self._publishing] if self._publishing else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.aclose()
         self._database.close()
 
@@ -116,6 +124,9 @@ class Bridge:
                 self.prefect.failed(error)
                 self._failed_at[due.batch] = time.time()
                 return False
+            except Exception:
+                self._failed_at[due.batch] = time.time()  # the batches behind it come first in the next round
+                raise
             self.prefect.answered()
             self.pending.published(due, time.time())
         self._failed_at.pop(due.batch, None)
@@ -146,6 +157,9 @@ class Bridge:
             except sqlite3.Error:  # a full disk: what is on it stays, and the next round finds it
                 logger.exception("cannot work with %s", self.settings.state)
                 await asyncio.sleep(5)
+            except Exception:  # whatever it is, the batches that wait are on disk, and nobody else publishes them
+                logger.exception("publishing failed; trying again in 5 s")
+                await asyncio.sleep(5)
 
     async def _publish_round(self) -> None:
         """Everything that is due, until one fails; that one comes last in the next round and keeps nobody waiting."""
@@ -173,9 +187,16 @@ class Bridge:
                 found["sqs_messages"] = float(self.queue.attributes.messages)
         return found
 
+    @property
+    def publishes(self) -> bool:
+        """Whether the publishing loop runs. Once it has ended, only a restart of the process brings it back."""
+        return self._publishing is not None and not self._publishing.done()
+
     def health(self) -> dict[str, object]:
         """For people and probes without a token: numbers and states, no addresses and no names."""
         away = self.prefect.away_since is not None
+        if not self.publishes:
+            return {"status": "stopped", "pending": len(self.pending.every())}
         found: dict[str, object] = {
             "pending": len(self.pending.every()),
             "prefect": self.prefect.state,

@@ -1,5 +1,6 @@
 """Hands a sealed batch to Prefect, and asks Prefect whether it has it."""
 
+import json
 import logging
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -43,6 +44,8 @@ async def was_stored(client: httpx.AsyncClient, bucket: str, pending: Pending) -
         "occurred": {"since": (now - _ASK_BACK).isoformat(), "until": (now + timedelta(days=1)).isoformat()},
     }
     answer = await _ask(client, "/events/filter", {"filter": wanted, "limit": 1})
+    if not isinstance(answer, dict) or not isinstance(answer.get("events"), list):
+        raise NotAccepted(_not_prefect(client, "/events/filter", json.dumps(answer)))
     return bool(answer["events"])
 
 
@@ -56,6 +59,10 @@ async def _ask(client: httpx.AsyncClient, path: str, body: object) -> Any:
     try:
         return answer.json() if answer.content else None
     except ValueError:
-        raise NotAccepted(
-            f"no JSON from {client.base_url}{path}: TIREWATCH_BRIDGE_PREFECT_API_URL must name the API, such as .../api"
-        ) from None
+        raise NotAccepted(_not_prefect(client, path, answer.text)) from None
+
+
+def _not_prefect(client: httpx.AsyncClient, path: str, said: str) -> str:
+    """What a login page, a proxy or another server answered with 200."""
+    where = f"{str(client.base_url).rstrip('/')}{path}"
+    return f"{where} answers {said[:200]!r}: TIREWATCH_BRIDGE_PREFECT_API_URL must name Prefect's API, such as .../api"

@@ -164,12 +164,14 @@ def start_bridge() -> Callable[..., Running]:
 
 class Gateway:
     """A proxy in front of a real server that a test can cut: `before` and `after` get the request's path and headers, ahead
-    of asking the server and ahead of handing on its answer; where one returns False the connection just ends.
+    of asking the server and ahead of handing on its answer; where one returns False the connection just ends. What `instead`
+    returns for a path is answered with 200 in place of the server, as a login page on the way would.
     """
 
     def __init__(self, upstream: str) -> None:
         self.before: Callable[[str, Mapping[str, str]], bool] = lambda path, headers: True
         self.after: Callable[[str, Mapping[str, str]], bool] = lambda path, headers: True
+        self.instead: Callable[[str], bytes | None] = lambda path: None
         gateway, host = self, upstream.removeprefix("http://")
 
         class Handler(BaseHTTPRequestHandler):
@@ -177,6 +179,12 @@ class Gateway:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 self.close_connection = True
                 if not gateway.before(self.path, dict(self.headers)):
+                    return
+                if (other := gateway.instead(self.path)) is not None:
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(other)))
+                    self.end_headers()
+                    self.wfile.write(other)
                     return
                 connection = HTTPConnection(host, timeout=60)
                 connection.request("POST", self.path, body, {**dict(self.headers), "Host": host, "Connection": "close"})

@@ -12,10 +12,12 @@ import boto3
 import httpx
 import pytest
 from starlette.requests import Request
+from starlette.testclient import TestClient
 
-from bridge.app import came_over_loopback
+from bridge.app import came_over_loopback, create_app
 from bridge.metrics import Metrics
 from bridge.sealing import Batch, event_id
+from bridge.settings import BridgeSettings
 from deploy import services
 
 if TYPE_CHECKING:
@@ -307,6 +309,63 @@ def test_prefect_that_comes_back_is_told_without_a_restart(
         assert log.count("does not answer") == log.count("answers again") == 1
     finally:
         running.stop()
+
+
+@pytest.mark.parametrize("page", [b'{"detail": "please log in"}', b"<html>please log in", b"[]"])
+def test_a_login_page_in_front_of_prefect_is_an_outage_that_is_named_and_ends(
+    tmp_path: Path,
+    prefect_api: str,
+    start_bridge: StartBridge,
+    sealed_events: Sealed,
+    gateway: Callable[[str], Any],
+    page: bytes,
+) -> None:
+    dataset = f"login-{len(page)}"
+    between = gateway(prefect_api.removesuffix("/api"))
+    between.after = lambda path, headers: path != "/api/events"  # the event arrives, its answer does not
+    first = start_bridge(tmp_path, f"{between.url}/api")
+    try:
+        assert post(first, record(f"incoming/{dataset}/b1/_SUCCESS")).status_code == 202
+    finally:
+        first.stop()
+    between.instead = lambda path: page
+    second = start_bridge(tmp_path, f"{between.url}/api")
+    try:
+        until(lambda: counted(second, "publish_failures_total") >= 2)
+        assert f"/api/events/filter answers {page.decode()!r}" in (tmp_path / "bridge.log").read_text()
+        assert health(second)["status"] == "degraded"
+        between.after, between.instead = (lambda path, headers: True), (lambda path: None)
+        until(lambda: health(second)["pending"] == 0)
+        assert len(sealed_events(dataset)) == 1
+    finally:
+        second.stop()
+
+
+def until(holds: Callable[[], bool], within: float = 15) -> None:
+    deadline = time.monotonic() + within
+    while not holds():
+        assert time.monotonic() < deadline, f"it did not come within {within} s"
+        time.sleep(0.1)
+
+
+def test_publishing_goes_on_after_any_error_and_health_says_503_once_it_has_ended(
+    tmp_path: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = {"token": TOKEN, "prefect_api_url": prefect_api, "state": tmp_path / "bridge.db"}
+    app = create_app(BridgeSettings.model_validate(chosen))
+    with TestClient(app) as client:
+        bridge = app.state.bridge
+
+        def nobody_thought_of() -> None:
+            raise RuntimeError("nobody thought of it")
+
+        monkeypatch.setattr(bridge.pending, "settle", nobody_thought_of)
+        until(lambda: "nobody thought of it" in caplog.text)
+        assert client.get("/health").json() == {"status": "ok", "pending": 0, "prefect": "ok", "dead_letters": 0}
+        assert client.portal is not None
+        client.portal.call(bridge._publishing.cancel)
+        until(lambda: client.get("/health").status_code == 503)
+        assert client.get("/health").json() == {"status": "stopped", "pending": 0}
 
 
 def test_the_labels_of_a_counter_are_bounded() -> None:
