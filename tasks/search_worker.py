@@ -120,10 +120,8 @@ class Worker:
             trained = train(training, validation, self.version.classes, config, on_epoch, weights)
         except optuna.TrialPruned as early:
             self.end(trial, "pruned", run, reason=str(early))
-        except (
-            ValueError,
-            RuntimeError,
-        ) as error:  # of this configuration: too large for the memory, a loss that is no number
+        except (ValueError, RuntimeError, LookupError) as error:
+            # Of this configuration: too large for the memory, a loss that is no number, no such version to continue from.
             if isinstance(error, optuna.exceptions.UpdateFinishedTrialError):
                 raise
             self.end(trial, "failed", run, reason=f"{type(error).__name__}: {error}")

@@ -25,11 +25,13 @@ from flows.tune import tune
 from tasks.dataset import DatasetVersion, open_version
 from tasks.recipe import Augmentation, TrainConfig
 from tasks.sample_cache import load_samples
-from tasks.search_runs import OUTCOME_TAG, STUDY_TAG, trial_runs
+from tasks.search_processes import Job
+from tasks.search_runs import OUTCOME_TAG, STUDY_TAG, open_study_run, trial_runs
 from tasks.search_space import Range, Search, Values
+from tasks.search_worker import Worker
 from tasks.storage import Store, list_objects, read
 from tasks.training import train
-from tasks.tuning import Tried, best_of, identity_of, open_storage, open_study, standing
+from tasks.tuning import Tried, best_of, identity_of, lay_out, open_storage, open_study, standing, take
 
 ROOT = Path(__file__).parents[1]
 CONFIG = TrainConfig(
@@ -125,6 +127,25 @@ def test_a_poisoned_test_split_changes_no_trial(store: Store, ingested: Callable
     clean, poisoned = (open_version(store, name, 1) for name in ("tuned-clean", "tuned-poisoned"))
     assert clean.digest != poisoned.digest and clean.splits == poisoned.splits
     assert values[0] == values[1] and len(values[0]) == 3
+
+
+def test_a_version_to_continue_from_that_is_none_fails_the_trial_and_not_the_worker(
+    store: Store, mlflow_uri: str, ingested: Callable[..., Any], here: Path
+) -> None:
+    version = ingested(store, "tuned-onwards", "batch", scans()).version
+    search, config = Search(space=SPACE, trials=2), CONFIG.model_copy(update={"continue_from": 7})
+    name, url = identity_of(version, config, search), settings().search_storage.get_secret_value()
+    run = open_study_run(mlflow_uri, name, version, config, search, "run", "page")
+    job = Job(url, name, run, mlflow_uri, store, settings().cache, version.name, version.version, config, search)
+    study = open_study(open_storage(url), name, search)
+    lay_out(study, search, 1)
+    worker = Worker(job, study)
+    while trial := take(study, "me:1"):
+        worker.work_on(trial)
+    tried = standing(study, "loss")
+    assert [each.state for each in tried] == ["failed", "failed"]
+    assert all("LookupError" in each.reason and "tuned-onwards" in each.reason for each in tried)
+    assert {each.info.status for each in trial_runs(mlflow_uri, run)} == {"FAILED"}
 
 
 # Kills itself like a machine that loses its power; what Prefect would find out by missing heartbeats is told by the test.
