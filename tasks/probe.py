@@ -34,34 +34,63 @@ class Probe:
 
 @dataclass(frozen=True)
 class SwapProof:
-    """What the probes saw of a switch. late: answered, but slower than the limit. misrouted: answered by a version that
-    was not routed at any moment of the request. ratio: p99 from the load of the new version to the end, over p99 before.
+    """What the probes saw of a switch. failed: without an answer, of the requests that the switch can have disturbed;
+    failed_before: of all others, which the former champion owes. late: answered, but slower than the limit. misrouted: answered
+    by a version that was not routed at any moment of the request. taken_over: answers of the new version to what was asked
+    after the switch. The p99s are None where nobody answered: before the load of the new version, and from it to the end.
     """
 
     requests: int
     failed: int
+    failed_before: int
     late: int
     misrouted: int
-    steady_p99_ms: float
-    swap_p99_ms: float
+    taken_over: int
+    steady_p99_ms: float | None
+    swap_p99_ms: float | None
     answers: dict[int, int]
     errors: tuple[str, ...]
 
     @property
-    def ratio(self) -> float:
+    def holds(self) -> bool:
+        """Whether the new version may stay: it answers, and nobody paid for it."""
+        return not self.failed and not self.misrouted and self.taken_over > 0
+
+    @property
+    def ratio(self) -> float | None:
+        """How much slower the requests were from the load of the new version on."""
+        if self.steady_p99_ms is None or self.swap_p99_ms is None:
+            return None
         return self.swap_p99_ms / self.steady_p99_ms
 
     @property
     def figures(self) -> dict[str, float]:
         """Under the names they have in MLflow, in the report and in the ledger."""
-        return {
+        found = {
             "swap_requests": float(self.requests),
             "swap_failed_requests": float(self.failed),
+            "swap_failed_before": float(self.failed_before),
             "swap_late_requests": float(self.late),
             "swap_misrouted_requests": float(self.misrouted),
             "swap_p99_ratio": self.ratio,
             "swap_p99_ms": self.swap_p99_ms,
         }
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def measured(self) -> str:
+        """For the table of gates."""
+        compared = (
+            "no answer before it to compare with"
+            if self.ratio is None
+            else f"p99 {self.ratio:.2f} times the steady one"
+        )
+        told = [f"{self.failed} failed, {self.late} late, {self.misrouted} misrouted of {self.requests}, {compared}"]
+        if self.failed_before:
+            told.append(f"{self.failed_before} that the former champion did not answer are not counted")
+        if not self.taken_over:
+            told.append("the new version answered nothing")
+        return "; ".join((*told, *self.errors))
 
 
 @dataclass
@@ -80,21 +109,30 @@ class ProbeLoad:
     def __enter__(self) -> "ProbeLoad":
         self._stop = threading.Event()
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="probe-load")
+        # A daemon: a request that hangs must not keep a process alive that has nothing else to do.
+        self._thread = threading.Thread(target=self._run, name="probe-load", daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(self, *_: tuple[type[BaseException], BaseException, TracebackType]) -> None:
+    def __exit__(self, raised: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         self._stop.set()
         self._thread.join(ANSWER_WITHIN + 10)
-        if self._failure is not None:
-            raise RuntimeError(f"the probe load itself failed: {self._failure}") from self._failure
+        if raised is None:
+            self._require_alive()
 
     def wait_for(self, requests: int, within: float = 60.0) -> None:
-        """Returns when that many more requests were answered or failed, or the time is over."""
+        """Returns when that many more requests were answered or failed, or the time is over. RuntimeError when the load itself
+        has died: nobody is asking any more.
+        """
         target, deadline = len(self.probes) + requests, time.monotonic() + within
-        while len(self.probes) < target and time.monotonic() < deadline and self._thread.is_alive():
+        while len(self.probes) < target and time.monotonic() < deadline:
+            self._require_alive()
             time.sleep(0.02)
+        self._require_alive()
+
+    def _require_alive(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"the probe load itself failed: {self._failure}") from self._failure
 
     def _run(self) -> None:
         try:
@@ -132,31 +170,43 @@ def judge_swap(
 ) -> SwapProof:
     """The probes of a switch from version `old` to `new`. began: the load of the new version started; switched: just
     before and just after the routing table was replaced (all monotonic seconds).
+
+    A switch answers for every request from `began` on. Where the former champion failed before that, nobody can tell whose
+    the failures during the load are: then it answers for what was asked after the table was replaced, and nothing else.
     """
-    answered = [probe for probe in probes if not probe.error]
-    milliseconds = {probe: (probe.answered - probe.sent) * 1000 for probe in answered}
-    steady = [milliseconds[probe] for probe in answered if probe.answered <= began]
-    during = [milliseconds[probe] for probe in answered if probe.answered > began]
-    if not steady or not during:
-        raise ValueError(f"{len(steady)} answers before the load and {len(during)} after it are no proof of a swap")
     before, after = switched
+    answered = [probe for probe in probes if not probe.error]
+    is_steady = all(not probe.error for probe in probes if probe.answered <= began)
+    judged = {probe for probe in probes if (probe.answered > began if is_steady else probe.sent > after)}
+    milliseconds = {probe: (probe.answered - probe.sent) * 1000 for probe in answered}
     wrong = [
         probe
         for probe in answered
-        if probe.version not in (old, new)
-        or (probe.answered < before and probe.version != old)
-        or (probe.sent > after and probe.version != new)
+        if probe in judged
+        and (
+            probe.version not in (old, new)
+            or (probe.answered < before and probe.version != old)
+            or (probe.sent > after and probe.version != new)
+        )
     ]
+    failures = [probe for probe in probes if probe.error]
+    failed = [probe for probe in failures if probe in judged]
     return SwapProof(
         requests=len(probes),
-        failed=len(probes) - len(answered),
+        failed=len(failed),
+        failed_before=len(failures) - len(failed),
         late=sum(value > late_ms for value in milliseconds.values()),
         misrouted=len(wrong),
-        steady_p99_ms=float(np.percentile(steady, 99)),
-        swap_p99_ms=float(np.percentile(during, 99)),
+        taken_over=sum(probe.sent > after and probe.version == new for probe in answered),
+        steady_p99_ms=_p99([milliseconds[probe] for probe in answered if probe.answered <= began]),
+        swap_p99_ms=_p99([milliseconds[probe] for probe in answered if probe.answered > began]),
         answers=dict(Counter(probe.version for probe in answered if probe.version is not None)),
-        errors=tuple(sorted({probe.error for probe in probes if probe.error}))[:5],
+        errors=tuple(sorted({probe.error for probe in failed}))[:5],
     )
+
+
+def _p99(milliseconds: Sequence[float]) -> float | None:
+    return float(np.percentile(milliseconds, 99)) if milliseconds else None
 
 
 def _aio_client(address: TritonAddress, protocol: str) -> Any:
