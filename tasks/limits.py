@@ -1,7 +1,7 @@
 """A slot of a global concurrency limit of the Prefect server, held while something scarce is used."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 
 @contextmanager
@@ -26,3 +26,12 @@ def held(limit: str | None) -> Iterator[None]:
                 f"make it with `prefect global-concurrency-limit create {limit} --limit 1` ({error})"
             ) from error
         yield
+
+
+def training_slot(limit: str | None) -> AbstractContextManager[None]:
+    """What every training, search and judging by a network holds: a slot of the named limit; of `gpu` where none is named and
+    there is a GPU; else nothing.
+    """
+    from tasks.machine import accelerator
+
+    return held(limit or ("gpu" if accelerator().type == "cuda" else None))

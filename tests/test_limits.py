@@ -2,7 +2,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
-from tasks.limits import held
+from tasks.limits import held, training_slot
 
 
 def slots(name: str) -> int:
@@ -31,4 +31,9 @@ def test_a_missing_limit_is_named_with_how_to_make_it(prefect_server):
 def test_without_a_limit_no_server_is_asked(monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     with held(None):
+        pass
+
+
+def test_a_training_slot_is_one_of_the_named_limit(prefect_server):
+    with pytest.raises(LookupError, match="create anvil --limit 1"), training_slot("anvil"):
         pass
