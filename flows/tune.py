@@ -156,11 +156,13 @@ def run_trials(
     here: Settings, study: str, run_id: str, version: "DatasetVersion", config: TrainConfig, search: Search
 ) -> str:
     """The trials, in processes of their own, until the budget is used up; why they ended. It holds a training slot."""
-    from tasks.limits import held
-    from tasks.machine import accelerator
+    from tasks.limits import training_slot
     from tasks.search_processes import Job, run_search
+    from tasks.search_space import budget_of, combinations
     from tasks.tuning import open_storage, open_study
 
+    if search.sampler == "grid" and budget_of(search) != (every := combinations(search)):
+        log.warning("%d of %d combinations: leave trials empty for all of them", budget_of(search), every)
     storage, uri = here.search_storage.get_secret_value(), here.mlflow_tracking_uri
     job = Job(storage, study, run_id, uri, here.store, here.cache, version.name, version.version, config, search)
 
@@ -168,7 +170,7 @@ def run_trials(
         value = "" if trial.value is None else f"{abs(trial.value):.4f}"
         log.info("trial %d: %s %s %s", trial.user_attrs["slot"], trial.state.name.lower(), value, dict(trial.params))
 
-    with held(here.training_limit or ("gpu" if accelerator().type == "cuda" else None)):
+    with training_slot(here.training_limit):
         return run_search(open_study(open_storage(storage), study, search), job, told)
 
 
@@ -187,10 +189,11 @@ def publish(
     from tasks.registry import run_page
     from tasks.search_runs import log_standing
     from tasks.search_space import with_overrides
-    from tasks.tuning import best_of, importance_of, open_storage, open_study, standing
+    from tasks.tuning import best_of, importance_of, open_storage, open_study, slots_of, standing
 
     found = open_study(open_storage(here.search_storage.get_secret_value()), study, search)
-    tried, importance = standing(found, search.metric), importance_of(found)
+    known, importance = standing(found, search.metric), importance_of(found)
+    tried = tuple(each for each in known if each.state != "waiting" or each.slot < slots_of(search))
     best, picture = best_of(tried, search.metric), search_report.draw(search, tried, importance)
     figures = search_report.summary(tried, search, float(found.user_attrs.get("seconds", 0.0)))
     chosen = with_overrides(config, best.overrides).model_dump(mode="json") if best else {}

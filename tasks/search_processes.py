@@ -104,10 +104,10 @@ def run_search(study: "Study", job: Job, told: Callable[["FrozenTrial"], None]) 
     """
     from optuna.storages import fail_stale_trials
 
-    from tasks.tuning import lay_out
+    from tasks.tuning import lay_out, slots_of
 
     began, before = time.monotonic(), float(study.user_attrs.get("seconds", 0.0))
-    limit = None if job.search.minutes is None else job.search.minutes * 60
+    limit, slots = None if job.search.minutes is None else job.search.minutes * 60, slots_of(job.search)
     _set_free(study, job, died=True)
     known = {each.number for each in study.get_trials(deepcopy=False) if each.state.is_finished()}
     workers: dict[int, Worker] = {}
@@ -128,7 +128,7 @@ def run_search(study: "Study", job: Job, told: Callable[["FrozenTrial"], None]) 
             if limit is not None and used >= limit:
                 return f"the time of {job.search.minutes:g} minutes is used up"
             left = [each for each in study.get_trials(deepcopy=False) if not each.state.is_finished()]
-            if not left:
+            if not any(each.user_attrs["slot"] < slots for each in left):
                 return "all trials are done"
             _replace_dead(study, job, workers, folder)
             time.sleep(_LOOK)

@@ -6,7 +6,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from tasks.search_space import Search
+from tasks.search_space import Search, combinations
 from tasks.tuning import Tried, best_of, objective_of
 
 _SHOWN: Final = 40  # trials on the page; all of them are in trials.csv
@@ -29,11 +29,12 @@ def page(
     counts = {
         state: sum(each.state == state for each in tried) for state in ("complete", "pruned", "failed", "waiting")
     }
-    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no trials"
     parts = [
         f"# {title}",
-        f"{search.sampler} sampler, {told or 'no trials'}; ended because {why_ended}. Judged by {_metric(search)} on the "
-        f"validation split; no trial has seen the test split. [The study and every trial in MLflow]({link})",
+        f"{search.sampler} sampler{_covered(search, tried)}, {told}; ended because {why_ended}. "
+        f"Judged by {_metric(search)} on the validation split; no trial has seen the test split. "
+        f"[The study and every trial in MLflow]({link})",
         _best(best),
         f"![the search](data:image/png;base64,{b64encode(picture).decode()})",
         _importance(importance),
@@ -153,6 +154,14 @@ def _best(best: Tried | None) -> str:
     drawn = ", ".join(f"{name} {_shown(value)}" for name, value in best.overrides.items())
     figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in best.figures.items())
     return f"**Best is trial {best.slot}**: {drawn}.\n\nValidation: {figures}."
+
+
+def _covered(search: Search, tried: Sequence[Tried]) -> str:
+    """How much of a grid was tried."""
+    if search.sampler != "grid":
+        return ""
+    begun = sum(each.state != "waiting" for each in tried)
+    return f" ({begun} of {combinations(search)} combinations)"
 
 
 def _to_paste(chosen: Mapping[str, Any]) -> str:

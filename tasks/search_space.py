@@ -21,6 +21,8 @@ Scalar = bool | int | float | str | None
 # They change nothing that a trial is judged by, or are no property of a model: a seed chosen by its figure is luck, kept.
 _FIXED: Final = {"seed", "processes", "max_minutes", "minimum_accuracy", "minimum_balanced_accuracy", *NOT_IDENTITY}
 _OWN_LOSS: Final = {"loss", "focal_gamma", "class_weights"}  # the validation loss of such trials is not one quantity
+_MOST: Final = 10_000  # trials of any search
+_USUAL: Final = 20  # trials of a search that is told neither a number nor a time
 _CHECKED: Final = 4096  # combinations tried before any work; of more, as many drawn with a fixed seed
 
 
@@ -79,7 +81,10 @@ class Search(BaseModel):
         default=0, ge=0, lt=2**31, description="Seed of the sampler; trainings keep the seed of the recipe"
     )
     trials: int | None = Field(
-        default=20, ge=1, le=10_000, description="Trials, at most; empty: as many as the minutes allow"
+        default=None,
+        ge=1,
+        le=_MOST,
+        description="Trials, at most; empty: every combination of a grid, else as many as the minutes allow, without those 20",
     )
     minutes: float | None = Field(
         default=None, gt=0, le=20_160, description="Time of all trials, interruptions not counted; empty: no limit"
@@ -99,12 +104,6 @@ class Search(BaseModel):
         default="median", description="Ends trials early whose validation loss is behind at the same epoch"
     )
     pruning_after: int = Field(default=1, ge=1, le=100, description="Epochs before which no trial is ended")
-
-    @model_validator(mode="after")
-    def _ends(self) -> "Search":
-        if self.trials is None and self.minutes is None and self.sampler != "grid":
-            raise ValueError("give trials or minutes: without both the search never ends")
-        return self
 
 
 def searchable() -> dict[str, Any]:
@@ -156,14 +155,27 @@ def check_space(search: Search, config: TrainConfig) -> tuple[TrainConfig, ...]:
     return _valid_ends(search, config)
 
 
-def grid(search: Search) -> list[dict[str, Scalar]]:
-    """Every combination, in an order that the seed decides. ValueError for a range without steps."""
-    choices = {name: _steps(name, dimension) for name, dimension in search.space.items()}
-    count = math.prod(map(len, choices.values()))
-    if count > 10_000:
+def budget_of(search: Search) -> int | None:
+    """Trials, at most; None where the minutes alone end the search."""
+    if search.sampler == "grid":
+        return min(search.trials or _MOST, combinations(search))
+    return search.trials or (None if search.minutes else _USUAL)
+
+
+def combinations(search: Search) -> int:
+    """How many the grid of the space has. ValueError for a range without steps, and for too many."""
+    count = math.prod(len(_steps(name, dimension)) for name, dimension in search.space.items())
+    if count > _MOST:
         raise ValueError(
-            f"the grid has {count} combinations, at most 10000 can be tried: sample it by chance or by tpe"
+            f"the grid has {count} combinations, at most {_MOST} can be tried: sample it by chance or by tpe"
         )
+    return count
+
+
+def grid(search: Search) -> list[dict[str, Scalar]]:
+    """Every combination, in an order that the seed decides. Raises what `combinations` does."""
+    combinations(search)
+    choices = {name: _steps(name, dimension) for name, dimension in search.space.items()}
     every = [dict(zip(choices, each, strict=True)) for each in itertools.product(*choices.values())]
     random.Random(search.seed).shuffle(every)
     return every

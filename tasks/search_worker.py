@@ -45,7 +45,7 @@ def main() -> None:
     study = open_study(open_storage(job.storage), job.study, job.search)
     worker = Worker(job, study)
     while True:
-        trial = take(study, f"{socket.gethostname()}:{os.getpid()}")
+        trial = take(study, f"{socket.gethostname()}:{os.getpid()}", job.search)
         if trial is None:
             time.sleep(_PAUSE)
         else:

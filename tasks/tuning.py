@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tasks.recipe import NOT_IDENTITY, TrainConfig
-from tasks.search_space import Range, Scalar, Search, Values, grid, whole
+from tasks.search_space import Range, Scalar, Search, Values, budget_of, grid, whole
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -116,28 +116,34 @@ def open_study(storage: "RDBStorage", name: str, search: Search) -> "Study":
 
 
 def lay_out(study: "Study", search: Search, spare: int) -> None:
-    """Make the slots of the budget that are not there yet; without a number of trials, as many as keep `spare` waiting."""
+    """Make the slots of the budget that are not there yet; where time alone is the budget, as many as keep `spare` waiting."""
     from optuna.trial import TrialState
 
     trials = study.get_trials(deepcopy=False)
-    made = len({each.user_attrs["slot"] for each in trials})
-    wanted: Sequence[Mapping[str, Scalar]]
-    if search.sampler == "grid":
-        wanted = grid(search)[: search.trials]
-    else:
-        waiting = sum(each.state == TrialState.WAITING for each in trials)
-        wanted = [{}] * (search.trials if search.trials is not None else made + max(0, spare - waiting))
-    for slot in range(made, len(wanted)):
+    made, budget = len({each.user_attrs["slot"] for each in trials}), budget_of(search)
+    if budget is None:
+        budget = made + max(0, spare - sum(each.state == TrialState.WAITING for each in trials))
+    wanted: Sequence[Mapping[str, Scalar]] = grid(search) if search.sampler == "grid" else [{}] * budget
+    for slot in range(made, budget):
         study.enqueue_trial(dict(wanted[slot]), user_attrs={"slot": slot, "attempts": 1})
 
 
-def take(study: "Study", worker: str) -> "Trial | None":
-    """A waiting slot, now this worker's; None where none is waiting. Of several workers one gets it."""
+def slots_of(search: Search) -> float:
+    """How many slots are to be tried, from the first on: an earlier run with a larger budget may have laid out more."""
+    budget = budget_of(search)
+    return math.inf if budget is None else budget
+
+
+def take(study: "Study", worker: str, search: Search) -> "Trial | None":
+    """A waiting slot of the budget, now this worker's; None where none is waiting. Of several workers one gets it."""
     import optuna
     from optuna.trial import TrialState
 
     storage = study._storage  # `Study.ask` would make a trial beyond the budget where none is waiting
+    slots = slots_of(search)
     for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        if waiting.user_attrs["slot"] >= slots:
+            continue
         try:
             storage.record_heartbeat(waiting._trial_id)  # type: ignore[attr-defined]  # first: who dies next is missed
             if not storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
@@ -270,7 +276,7 @@ def _sampler(search: Search, slot: int) -> "BaseSampler":
 
     seed = int.from_bytes(hashlib.sha256(f"{search.seed}/{slot}".encode()).digest()[:4])
     if search.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(3, (search.trials or 30) // 3)))
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(3, (budget_of(search) or 30) // 3)))
     return optuna.samplers.RandomSampler(seed=seed)
 
 

@@ -140,7 +140,7 @@ def test_a_version_to_continue_from_that_is_none_fails_the_trial_and_not_the_wor
     study = open_study(open_storage(url), name, search)
     lay_out(study, search, 1)
     worker = Worker(job, study)
-    while trial := take(study, "me:1"):
+    while trial := take(study, "me:1", search):
         worker.work_on(trial)
     tried = standing(study, "loss")
     assert [each.state for each in tried] == ["failed", "failed"]

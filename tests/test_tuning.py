@@ -10,7 +10,11 @@ from pydantic import ValidationError
 from tasks.candidates import Candidate, Scenario, Trained, choose, configurations, value_of
 from tasks.recipe import ThresholdRule, TrainConfig
 from tasks.registry import TrainedModel
-from tasks.search_space import Range, Search, Values, check_space, grid, with_overrides
+from tasks.sample_cache import Cache
+from tasks.search_processes import Job, run_search
+from tasks.search_report import page
+from tasks.search_space import Range, Search, Values, budget_of, check_space, grid, with_overrides
+from tasks.storage import Store
 from tasks.tuning import (
     ATTEMPTS,
     best_of,
@@ -60,9 +64,8 @@ def test_a_value_is_allowed_where_some_combination_allows_it() -> None:
         check_space(Search(space={"pretrained": Values(values=(True,))}), PLAIN)
 
 
-def test_a_search_that_never_ends_and_ranges_that_are_none_are_refused() -> None:
+def test_ranges_that_are_none_are_refused() -> None:
     for wrong, says in (
-        ({"space": RATES, "trials": None}, "never ends"),
         ({"space": {}}, "at least 1"),
         ({"space": {"learning_rate": {"low": 2, "high": 1}}}, "must be below"),
         ({"space": {"shift": {"low": 0, "high": 1, "log": True}}}, "low above 0"),
@@ -87,6 +90,53 @@ def test_a_grid_holds_every_combination_once_and_needs_steps() -> None:
         check_space(Search(space=RATES, sampler="grid"), PLAIN)
 
 
+CUBE: dict[str, Values | Range] = {
+    "batch_size": Values(values=(8, 16, 32)),
+    "frozen_stages": Range(low=0, high=2),
+    "weight_decay": Values(values=(0.0, 0.05, 0.1)),
+}
+
+
+def run_all(study: Any, search: Search) -> list[int]:
+    """Every slot that a worker gets, told with a loss."""
+    lay_out(study, search, 1)
+    slots = []
+    while trial := take(study, "me:1", search):
+        drawn(study, trial, search)
+        slots.append(trial.user_attrs["slot"])
+        trial.set_user_attr("figures", {"loss": 1.0 + trial.number})
+        study.tell(trial, 1.0 + trial.number)
+    return slots
+
+
+def test_a_grid_without_a_budget_is_tried_whole_and_others_twenty_times_or_by_the_clock() -> None:
+    assert [budget_of(Search(space=CUBE, sampler=sampler)) for sampler in ("grid", "random", "tpe")] == [27, 20, 20]  # type: ignore[arg-type]
+    assert budget_of(Search(space=CUBE, sampler="grid", trials=20)) == 20
+    assert budget_of(Search(space=CUBE, sampler="grid", trials=99)) == 27
+    assert budget_of(Search(space=CUBE, minutes=5)) is None and budget_of(Search(space=CUBE, minutes=5, trials=7)) == 7
+
+
+def test_the_page_says_how_much_of_a_grid_was_tried(tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path}/s.db")
+    for trials, says in ((20, "grid sampler (20 of 27 combinations), 20 complete"), (None, "(27 of 27 combinations)")):
+        search = Search(space=CUBE, sampler="grid", trials=trials)
+        study = open_study(storage, "s", search)
+        assert len(run_all(study, search)) == (20 if trials else 7)
+        assert says in page("x", search, standing(study, "loss"), {}, {}, "all are done", b"", "link")
+
+
+@pytest.mark.parametrize("sampler", ["random", "grid"])
+def test_a_resumption_with_a_smaller_budget_begins_nothing_beyond_it(tmp_path: Path, sampler: Any) -> None:
+    large = Search(space=CUBE, sampler=sampler, trials=8)
+    study = open_study(open_storage(f"sqlite:///{tmp_path}/s.db"), "s", large)
+    lay_out(study, large, 1)
+    small = large.model_copy(update={"trials": 3})
+    assert run_all(study, small) == [0, 1, 2]
+    job = Job("", "s", "", "", Store("bucket"), Cache(tmp_path, 0), "x", 1, PLAIN, small)
+    assert run_search(study, job, print) == "all trials are done", "and no worker is started for the rest"
+    assert run_all(study, large) == [3, 4, 5, 6, 7], "what waited is there for a larger budget"
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe", "grid"])
 def test_workers_share_the_slots_and_none_is_run_twice_or_beyond_the_budget(tmp_path: Path, sampler: Any) -> None:
     space: dict[str, Values | Range] = {
@@ -100,7 +150,7 @@ def test_workers_share_the_slots_and_none_is_run_twice_or_beyond_the_budget(tmp_
         lay_out(studies[0], search, workers)
         lay_out(studies[0], search, workers)
         found: dict[int, dict[str, Any]] = {}
-        while trials := [(study, trial) for study in studies if (trial := take(study, "me:1"))]:
+        while trials := [(study, trial) for study in studies if (trial := take(study, "me:1", search))]:
             for study, trial in trials:
                 found[trial.user_attrs["slot"]] = drawn(study, trial, search)
                 study.tell(trial, float(found[trial.user_attrs["slot"]]["batch_size"]))
@@ -124,7 +174,7 @@ def test_workers_that_reach_for_the_same_slots_at_once_never_get_one_twice(tmp_p
     def worker(name: str) -> list[int]:
         study = open_study(open_storage(address), "raced", search)
         taken = []
-        while trial := take(study, name):
+        while trial := take(study, name, search):
             taken.append(trial.number)
         return taken
 
@@ -139,11 +189,11 @@ def test_the_slot_of_a_dead_worker_waits_again_with_its_values_and_is_given_up_i
     lay_out(study, search, 1)
     values = []
     for attempt in range(1, ATTEMPTS + 1):
-        trial = take(study, f"me:{attempt}")
+        trial = take(study, f"me:{attempt}", search)
         assert trial is not None and trial.user_attrs["attempts"] == attempt
         values.append(drawn(study, trial, search))
         assert lay_out_again(study, study.get_trials()[trial.number], died=True) == (attempt < ATTEMPTS)
-    assert take(study, "me:9") is None and values[0] == values[1] == values[2]
+    assert take(study, "me:9", search) is None and values[0] == values[1] == values[2]
     [tried] = standing(study, "loss")
     assert (tried.state, tried.reason) == ("failed", "its process died") and best_of([tried], "loss") is None
 
