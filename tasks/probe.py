@@ -15,7 +15,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from tasks.serving import ANSWER_WITHIN, TritonAddress, answer_of, encoded_input, module_of, request_errors
+from tasks.serving import (
+    ANSWER_WITHIN,
+    Protocol,
+    TritonAddress,
+    answer_of,
+    deadline,
+    encoded_input,
+    module_of,
+    request_errors,
+)
 
 LANES: Final = ("grpc", "http", "grpc", "http")  # requests in flight, at most
 PAUSE: Final = 0.02  # seconds between an answer and the next request of its lane
@@ -152,13 +161,15 @@ class ProbeLoad:
     async def _lane(self, client: Any, protocol: str, images: "itertools.cycle[bytes]") -> None:
         from aiohttp import ClientError  # a server that dies cuts the connection; not every such error is an OSError
 
-        module = module_of("grpc" if protocol == "grpc" else "http")
+        spoken: Protocol = "grpc" if protocol == "grpc" else "http"
+        module = module_of(spoken)
         failures: tuple[type[BaseException], ...] = (*request_errors(), TimeoutError, ClientError)
         while not self._stop.is_set():
             inputs = [encoded_input(module, next(images))]
             sent = time.monotonic()
             try:
-                answer = answer_of(await client.infer(self.model, inputs, parameters={"probe": True}))
+                asked = client.infer(self.model, inputs, parameters={"probe": True}, **deadline(spoken))
+                answer = answer_of(await asked)
                 self.probes.append(Probe(sent, time.monotonic(), protocol, answer.model_version))
             except failures as error:
                 self.probes.append(Probe(sent, time.monotonic(), protocol, error=str(error) or type(error).__name__))

@@ -17,7 +17,9 @@ from tasks.sealed import SealedVersion
 Protocol = Literal["grpc", "http"]
 ADMIN_HEADER: Final = "tirewatch-admin"
 LOAD_WITHIN: Final = 300.0  # seconds; a load compiles the network once for every batch size
-ANSWER_WITHIN: Final = 30.0
+ANSWER_WITHIN: Final = (
+    30.0  # seconds for everything else; gRPC without a deadline waits for ever for a network that hangs
+)
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +126,9 @@ def infer_front_door(
     client_module = module_of(protocol)
     with _client(address, protocol) as client:
         try:
-            result = client.infer(model, [encoded_input(client_module, image)], parameters=parameters)
+            result = client.infer(
+                model, [encoded_input(client_module, image)], parameters=parameters, **deadline(protocol)
+            )
         except request_errors() as error:
             raise NotServed(str(error)) from error
     return answer_of(result)
@@ -139,7 +143,7 @@ def infer_network(address: TritonAddress, network: str, version: int, pixels: ND
     wanted = [client_module.InferRequestedOutput("probabilities")]
     with _client(address, "grpc") as client:
         try:
-            result = client.infer(network, [tensor], model_version=str(version), outputs=wanted)
+            result = client.infer(network, [tensor], model_version=str(version), outputs=wanted, **deadline("grpc"))
         except request_errors() as error:
             raise NotServed(f"{network} version {version} on {address.grpc}: {error}") from error
     probabilities: NDArray[np.float32] = result.as_numpy("probabilities")
@@ -184,9 +188,7 @@ async def _evaluate(
     async def ask(client: Any, index: int) -> None:
         started = time.perf_counter()
         try:
-            result = await client.infer(
-                model, [encoded_input(client_module, images[index])], client_timeout=ANSWER_WITHIN
-            )
+            result = await client.infer(model, [encoded_input(client_module, images[index])], **deadline("grpc"))
         except request_errors() as error:
             errors[index] = str(error)
             return
@@ -223,6 +225,11 @@ def encoded_input(client_module: Any, image: bytes) -> Any:
     tensor = client_module.InferInput("image", list(encoded.shape), "UINT8")
     tensor.set_data_from_numpy(encoded)
     return tensor
+
+
+def deadline(protocol: Protocol) -> dict[str, float]:
+    """What an `infer` call needs to end in time. An HTTP client has its time-out from the beginning."""
+    return {"client_timeout": ANSWER_WITHIN} if protocol == "grpc" else {}
 
 
 def module_of(protocol: Protocol) -> Any:

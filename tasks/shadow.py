@@ -26,6 +26,7 @@ from tasks.storage import Store, read
 MOST_IN_A_LOOK: Final = (
     64  # photographs that the other version is asked for: a look must not be the load that it watches
 )
+LOOK_WITHIN: Final = 20.0  # seconds; no version is asked later in a look, so that one which hangs is judged soon
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +58,11 @@ class Shadow:
         collect(self.store, self.spool, self.model)
         fresh = list(self._fresh())
         self._read |= {key for _, key, _ in fresh}
-        total, asked = Tally(), 0
+        total, asked, until = Tally(), 0, time.monotonic() + LOOK_WITHIN
         for version, _, rows in fresh:
             for row in filter(self._is_new, rows):
-                counted, has_asked = self._count(version, row, asked < MOST_IN_A_LOOK)
+                may_ask = asked < MOST_IN_A_LOOK and time.monotonic() < until
+                counted, has_asked = self._count(version, row, may_ask)
                 total, asked = total + counted, asked + has_asked
         return total
 
