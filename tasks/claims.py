@@ -9,7 +9,7 @@ of runs one works, and a subject without a verdict is visible to `flows/sweep.py
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -76,6 +76,16 @@ def verdicts(store: Store, stage: str) -> dict[str, Verdict]:
     return {
         key.removeprefix(folder).removesuffix("/verdict.json"): Verdict(**json.loads(read(store, key))) for key in found
     }
+
+
+def verdict_times(store: Store, stage: str) -> Iterator[tuple[str, datetime]]:
+    """First part of the subject's name (a batch, a dataset, a model) and when its verdict was written, for every verdict of
+    the stage: from the listing alone, by the store's clock.
+    """
+    folder = f"{PREFIX}/{stage}/"
+    for each in list_objects(store, folder):
+        if each.key.endswith("/verdict.json") and each.modified is not None:
+            yield each.key.removeprefix(folder).split("/")[0], each.modified
 
 
 def claimant(store: Store, subject: Subject) -> str | None:

@@ -4,16 +4,15 @@ Events are at-least-once at best: a store may fail to report an object, a server
 What S3 and MLflow hold is the truth; comparing it with the verdicts finds what fell through.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from tasks.batch import ANNOTATIONS, INCOMING, MARKER, content_digest
-from tasks.claims import batch_subject, read_verdict, version_subject
+from tasks.claims import batch_subject, read_verdict, verdict_times, version_subject
 from tasks.followers import Follower
-from tasks.storage import Store, StoredObject, list_objects
+from tasks.storage import Store, list_folders, list_objects
 
 BATCH_SEALED: Final = "tirewatch.batch.sealed"
 VERSION_CREATED: Final = "tirewatch.dataset.version.created"
@@ -34,18 +33,24 @@ class Lost:
 def lost_batches(
     store: Store, followers: Sequence[Follower], now: datetime, grace: timedelta, quiet: timedelta, look_back: timedelta
 ) -> Iterator[Lost]:
-    """Batches that are complete (marked, or unchanged for `quiet`) and have neither become a version nor been refused."""
+    """Batches that are complete (marked, or unchanged for `quiet`) and have neither become a version nor been refused.
+
+    Photographs are listed one batch at a time, and not at all for a batch that was decided longer than `look_back` ago: the
+    history of a line grows, what a sweep reads does not.
+    """
     from tasks.dataset import newest_record
 
     for follower in followers:
         record = newest_record(store, follower.name)
         ingested = {name: told["content"] for name, told in record.batches.items()} if record else {}
-        for prefix, objects in _batches(store, follower.name).items():
-            age = now - max(each.modified or now for each in objects)
+        for batch in _batches_to_look_at(store, follower.name, now, look_back):
+            prefix = f"{INCOMING}/{follower.name}/{batch}/"
+            objects = list_objects(store, prefix)
+            age = now - max((each.modified or now for each in objects), default=now)
             names = {each.key.removeprefix(prefix) for each in objects}
             if age > look_back or age < (grace if names & {MARKER, ANNOTATIONS} else quiet):
                 continue
-            batch, content = prefix.split("/")[2], content_digest(prefix, objects)
+            content = content_digest(prefix, objects)
             subject = batch_subject(prefix, content)
             if ingested.get(batch) == content or read_verdict(store, subject) or follower.is_at({"prefix": prefix}):
                 continue
@@ -53,13 +58,14 @@ def lost_batches(
             yield Lost(BATCH_SEALED, follower.resource, f"batch {prefix} has not been ingested", payload, content)
 
 
-def _batches(store: Store, dataset: str) -> dict[str, list[StoredObject]]:
-    found: dict[str, list[StoredObject]] = defaultdict(list)
-    for each in list_objects(store, f"{INCOMING}/{dataset}/"):
-        parts = each.key.split("/")
-        if len(parts) > 3:
-            found["/".join(parts[:3]) + "/"].append(each)
-    return found
+def _batches_to_look_at(store: Store, dataset: str, now: datetime, look_back: timedelta) -> list[str]:
+    """Names of the batches but for those whose last verdict is older than `look_back`."""
+    decided: dict[str, datetime] = {}
+    for batch, written in verdict_times(store, f"ingest/{dataset}"):
+        decided[batch] = max(written, decided.get(batch, written))
+    return [
+        batch for batch in list_folders(store, f"{INCOMING}/{dataset}/") if now - decided.get(batch, now) <= look_back
+    ]
 
 
 def lost_versions(store: Store, followers: Sequence[Follower], now: datetime, grace: timedelta) -> Iterator[Lost]:

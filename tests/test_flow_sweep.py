@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from pydantic import SecretStr
 
+from deploy.services import free_ports
 from flows.ingest import ingest
 from flows.settings import Settings
 from flows.sweep import SweepOptions, sweep
@@ -20,14 +22,14 @@ from tasks.claims import Subject, read_verdict
 from tasks.dataset import newest_version
 from tasks.followers import read_followers
 from tasks.ledger import read_ledger
-from tasks.lost import BATCH_SEALED, MODEL_REGISTERED, VERSION_CREATED
+from tasks.lost import BATCH_SEALED, MODEL_REGISTERED, VERSION_CREATED, lost_batches
 from tasks.model_repository import install_front_door, publish_version, stage_version
 from tasks.recipe import Augmentation, TrainConfig
 from tasks.registry import champion_version, newest_registration
 from tasks.routing import Route, RoutingTable, replace_routing
 from tasks.sealed import SealedVersion
 from tasks.start import StartRule
-from tasks.storage import Store, write_many
+from tasks.storage import Store, StoredObject, list_objects, write_many
 from tasks.transaction import Place, intend
 from tasks.version_store import stored_networks
 
@@ -308,3 +310,64 @@ def test_what_answers_and_is_not_on_s3_is_uploaded_so_that_a_lost_server_can_be_
     assert "unkept_onnx_32 version 3 was not on S3" in (sweep(AT_ONCE, return_state=True).message or "")
     assert stored_networks(here.store, "unkept", 3) == ["unkept_onnx_32"]
     assert "unkept" not in (sweep(AT_ONCE, return_state=True).message or "")
+
+
+def test_with_mlflow_away_a_lost_batch_is_announced_and_the_run_fails_naming_what_could_not_be_done(
+    here: Settings, follower: Callable[..., str], photograph: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("flows.sweep.settings", lambda: here.model_copy(update={"mlflow_tracking_uri": nobody}))
+    follower(MODEL_REGISTERED, "tirewatch.model.unasked")
+    deployment = follower(BATCH_SEALED, "tirewatch.dataset.unhurt")
+    prefix = upload(here.store, "unhurt", "lost", photograph)
+    state = sweep(AT_ONCE, return_state=True)
+    assert state.is_failed() and "find_lost_models of follow/unasked-registered: " in (state.message or "")
+    assert f"Done: batch {prefix} has not been ingested" in (state.message or "")
+    [run] = runs_of(deployment, 1)
+    assert run["parameters"]["prefix"] == prefix
+
+
+def test_a_damaged_routing_table_keeps_nobody_else_from_being_put_right(
+    here: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, describe: Callable[..., SealedVersion]
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"a network")
+    for model in ("ailing", "healthy"):
+        publish_version(tmp_path, stage_version(tmp_path, tmp_path / "model.onnx", describe(model, 1)))
+        install_front_door(tmp_path, model)
+    intend(Place(tmp_path, here.store, here.mlflow_tracking_uri, "ailing"), "promoted", 1, "user/tests", "", {})
+    replace_routing(tmp_path, RoutingTable("healthy", Route("healthy_onnx_32", 1)))
+    (tmp_path / "routing" / "ailing.json").write_text("{")
+    monkeypatch.setattr("flows.sweep.settings", lambda: here.model_copy(update={"serving_root": tmp_path}))
+    state = sweep(AT_ONCE, return_state=True)
+    assert state.is_failed() and "ailing.json is no routing table" in (state.message or "")
+    for step in ("complete_switch of ailing", "keep_copies of ailing", "answer_without_plan of ailing"):
+        assert step in (state.message or "")
+    assert "Done: healthy_onnx_32 version 1 was not on S3" in (state.message or "")
+    assert stored_networks(here.store, "healthy", 1) == ["healthy_onnx_32"]
+
+
+def test_photographs_of_batches_that_were_decided_long_ago_are_not_even_listed(
+    here: Settings, follower: Callable[..., str], photograph: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower(BATCH_SEALED, "tirewatch.dataset.historic")
+    [historic] = [each for each in read_followers(BATCH_SEALED) if each.name == "historic"]
+    ingest("historic", upload(here.store, "historic", "decided", photograph))
+    upload(here.store, "historic", "forgotten", photograph, first=500)
+    listed: list[str] = []
+
+    def told(store: Store, prefix: str) -> list[StoredObject]:
+        listed.append(prefix)
+        return list_objects(store, prefix)
+
+    monkeypatch.setattr("tasks.lost.list_objects", told)
+
+    def looked(after: timedelta) -> tuple[list[str], list[str]]:
+        listed.clear()
+        waits = (timedelta(minutes=5), timedelta(minutes=30), timedelta(days=30))
+        found = lost_batches(here.store, [historic], datetime.now(UTC) + after, *waits)
+        return [each.payload["batch"] for each in found], sorted(listed)
+
+    both = ["incoming/historic/decided/", "incoming/historic/forgotten/"]
+    assert looked(timedelta(days=29)) == (["forgotten"], both)
+    assert looked(timedelta(days=31)) == ([], both[1:]), "nobody ever decided about it, but it is too old"
