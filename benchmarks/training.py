@@ -305,11 +305,18 @@ def main() -> None:
             ensure_bucket(store)
             samples, figures = load_figures(store, ingested(store, folder), Cache(workspace / "cache", 10**10))
         figures |= input_figures(samples, folder) | step_figures(samples)
-    figures["limits"] = LIMITS
+    figures["limits"], figures["held"] = LIMITS, held(figures)
     figures["cores"] = os.cpu_count()
     figures["versions"] = {name: version(name) for name in ("torch", "torchvision", "numpy", "simplejpeg")}
     show(figures)
     print(json.dumps(figures))
+    sys.exit(not all(figures["held"].values()))
+
+
+def held(figures: dict[str, Any]) -> dict[str, bool]:
+    """Whether each ratio, of a group of them the least, is at its limit."""
+    groups = {name: found if isinstance(found := figures[name], dict) else {"": found} for name in LIMITS}
+    return {name: min(groups[name].values()) >= limit for name, limit in LIMITS.items()}
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from flows.settings import Settings, settings
 from flows.train import announce, check, decided, find_version, reason_to_wait, train
 from tasks.candidates import Scenario, Trained
 from tasks.recipe import TrainConfig
+from tasks.runs import artifact_key
 from tasks.start import StartRule
 from tasks.storage import NETWORK_RETRY
 
@@ -58,7 +59,7 @@ def scenario(
     if occasion and (why := reason_to_wait(here.store, version, start)):
         return Completed(name="Unchanged", message=why)
     for each in configs.values():
-        check(here.store, version, each)
+        check(here, version, each)
     trained = [known_result(here, version, name, each, scenario) for name, each in configs.items()]
     for place, (name, each) in enumerate(configs.items()):
         if trained[place].outcome == "not trained" and sum(one.seconds for one in trained) < scenario.minutes * 60:
@@ -66,6 +67,8 @@ def scenario(
     chosen = choose(trained, scenario.metric)
     show(version, scenario, trained, chosen)
     if chosen is None or chosen.model is None:
+        if failed := [f"{each.name} {each.outcome}" for each in trained if each.outcome.startswith("failed")]:
+            raise RuntimeError(f"nothing is decided about {dataset} v{version.version}: {'; '.join(failed)}")
         decided(here.store, version, "below minimum", {"candidates": len(trained)})
         return Completed(
             name="BelowMinimum", message=f"no candidate on {dataset} v{version.version} reached its minimum"
@@ -151,6 +154,7 @@ def show(version: "DatasetVersion", scenario: Scenario, trained: list[Trained], 
     left = [each.name for each in trained if each.outcome == "not trained"]
     note = f"The time of {scenario.minutes:g} minutes left out {', '.join(left)}." if left else ""
     title = f"Candidates on {version.name} v{version.version}"
-    key = "".join(letter if letter.isalnum() else "-" for letter in version.name.lower())
     text = page(title, scenario.metric, trained, chosen, note)
-    create_markdown_artifact(text, key=f"scenario-{key}", description=f"{title}: {chosen.name if chosen else 'none'}")
+    create_markdown_artifact(
+        text, key=artifact_key("scenario", version.name), description=f"{title}: {chosen.name if chosen else 'none'}"
+    )

@@ -25,6 +25,7 @@ from prefect.states import Completed
 
 from flows.settings import Settings, settings
 from tasks.recipe import TrainConfig, below_minimum
+from tasks.runs import artifact_key, is_alive, is_running, this_run, this_stage
 from tasks.start import StartRule
 from tasks.storage import NETWORK_RETRY, Store
 
@@ -66,7 +67,7 @@ def train(
     version = find_version(here.store, dataset, dataset_version)
     if occasion and (why := reason_to_wait(here.store, version, start)):
         return Completed(name="Unchanged", message=why)
-    check(here.store, version, config)
+    check(here, version, config)
     work = take_up(here.store, version, config)
     model = registered_earlier(here, work)
     if model is None:
@@ -83,7 +84,7 @@ def train(
                     decided(here.store, version, "below minimum", {"reasons": list(reasons)})
                 done(work)
                 return Completed(name="BelowMinimum", message=f"{dataset} v{version.version}: {'; '.join(reasons)}")
-            model = register_model(here, run_id, version, judged, validation, config, candidate_of)
+            model = register_model(here, run_id, version, judged, validation, config, candidate_of, work)
     if candidate_of is None:
         decided(here.store, version, "registered", {"model_version": model.version})
         announce(model, version)
@@ -94,17 +95,20 @@ def train(
 @contextmanager
 def mlflow_run(here: Settings, version: "DatasetVersion", config: TrainConfig, work: "Undertaking") -> Iterator[str]:
     """The work's MLflow run, linked with this flow run both ways; failed when what is done inside fails."""
-    from tasks.checkpoints import has_checkpoint
+    from tasks.checkpoints import Superseded, has_checkpoint
     from tasks.registry import run_page
     from tasks.tracking import close_run, open_run
 
     uri, flow_run_id = here.mlflow_tracking_uri, str(flow_run.get_id())
     page = f"{here.prefect_ui_url.rstrip('/')}/runs/flow-run/{flow_run_id}"
     identity = work.identity if work.resumable else None
-    run_id = open_run(uri, version, config, flow_run_id, page, identity, has_checkpoint(work))
-    create_link_artifact(link=run_page(uri, run_id), link_text="MLflow run", key=f"mlflow-{_key(version.name)}")
+    where = work.store.uri(work.folder)
+    run_id = open_run(uri, version, config, flow_run_id, page, identity, has_checkpoint(work), where)
+    create_link_artifact(link=run_page(uri, run_id), link_text="MLflow run", key=artifact_key("mlflow", version.name))
     try:
         yield run_id
+    except Superseded:  # the run goes on in other hands
+        raise
     except BaseException:  # cancellation too: no run may stay open for ever
         close_run(uri, run_id, "FAILED")
         raise
@@ -127,7 +131,6 @@ def find_version(store: Store, dataset: str, version: int | None) -> "DatasetVer
 def reason_to_wait(store: Store, version: "DatasetVersion", start: StartRule) -> str | None:
     """Why this deployment must not train on the version now: it has decided, another run is at it, or too little is new."""
     from tasks.claims import reason_to_leave
-    from tasks.runs import is_alive, this_run
     from tasks.start import too_little_new
 
     subject = subject_of(version)
@@ -141,7 +144,6 @@ def reason_to_wait(store: Store, version: "DatasetVersion", start: StartRule) ->
 def subject_of(version: "DatasetVersion") -> "Subject":
     """What this deployment decides about: the dataset version."""
     from tasks.claims import version_subject
-    from tasks.runs import this_stage
 
     return version_subject(this_stage(), version.name, version.version)
 
@@ -150,25 +152,23 @@ def subject_of(version: "DatasetVersion") -> "Subject":
 def decided(store: Store, version: "DatasetVersion", outcome: str, figures: Mapping[str, Any]) -> None:
     """Writes down what became of the dataset version here: repeated events and `sweep` read it."""
     from tasks.claims import Verdict, write_verdict
-    from tasks.runs import this_run
 
     known = {"dataset": version.name, "photographs": sum(version.splits.values())}
     write_verdict(store, subject_of(version), Verdict(outcome, this_run(), figures={**known, **figures}))
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def check(store: Store, version: "DatasetVersion", config: TrainConfig) -> None:
-    """ValueError, before a photograph is read, for data and a recipe that do not go together."""
+def check(here: Settings, version: "DatasetVersion", config: TrainConfig) -> None:
+    """ValueError or LookupError, before a photograph is read, for data and a recipe that do not go together."""
     from tasks.tracked_training import check_version
 
-    check_version(store, version, config)
+    check_version(here.mlflow_tracking_uri, here.store, version, config)
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
 def take_up(store: Store, version: "DatasetVersion", config: TrainConfig) -> "Undertaking":
     """This training, with the checkpoints of a dead run at the same work; a living one is left alone."""
     from tasks.checkpoints import undertake
-    from tasks.runs import is_running, this_run, this_stage
 
     return undertake(store, version, config, this_stage(), this_run(), is_running)
 
@@ -184,11 +184,13 @@ def done(work: "Undertaking") -> None:
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
 def registered_earlier(here: Settings, work: "Undertaking") -> "TrainedModel | None":
     """What an earlier attempt registered, of this flow run or of the dead one it took over from: no second version is made."""
-    from tasks.registry import registered_by
+    from tasks.registry import client_of, registered_by
 
-    uri, this = here.mlflow_tracking_uri, str(flow_run.get_id())
-    found = registered_by(uri, work.dataset, this)
-    return registered_by(uri, work.dataset, work.predecessor) if found is None and work.predecessor else found
+    uri, runs = here.mlflow_tracking_uri, (str(flow_run.get_id()), work.predecessor)
+    found = next(filter(None, (registered_by(uri, work.dataset, run) for run in runs if run)), None)
+    if found:
+        client_of(uri).set_terminated(found.run_id, "FINISHED")  # the dead run may have left it open
+    return found
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False, task_run_name="load {split}")
@@ -269,7 +271,7 @@ def publish_report(
     log_outcome(here.mlflow_tracking_uri, run_id, outcome, drawn)
     create_markdown_artifact(
         page(outcome, drawn, run_page(here.mlflow_tracking_uri, run_id)),
-        key=f"training-{_key(version.name)}",
+        key=artifact_key("training", version.name),
         description=f"{title}: validation accuracy {judged.validation.evaluation.figures.accuracy:.4f}",
     )
 
@@ -291,14 +293,16 @@ def register_model(
     validation: "Samples",
     config: TrainConfig,
     candidate_of: str | None,
+    work: "Undertaking",
 ) -> "TrainedModel":
     """Weights, card and drift reference into the run, then the version; a repetition finds it made."""
+    from tasks.checkpoints import require_ours
     from tasks.images import CURRENT
     from tasks.model import normalisation
     from tasks.passport import commit
     from tasks.registry import CANDIDATE_TAG, ModelCard, Reference, register
-    from tasks.runs import this_stage
 
+    require_ours(work)
     mean, std = normalisation(config.architecture)
     card = ModelCard(
         architecture=config.architecture,
@@ -342,8 +346,3 @@ def announce(model: "TrainedModel", version: "DatasetVersion") -> None:
         "dataset_version": version.version,
     }
     emit("tirewatch.model.registered", f"tirewatch.model.{model.name}", payload)
-
-
-def _key(name: str) -> str:
-    """Artifact keys take lower-case letters, digits and dashes."""
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())

@@ -22,6 +22,7 @@ from prefect.states import Completed
 from flows.settings import Settings, settings
 from flows.train import find_version, train
 from tasks.recipe import TrainConfig
+from tasks.runs import artifact_key
 from tasks.search_space import Search
 from tasks.storage import NETWORK_RETRY
 
@@ -109,7 +110,7 @@ def check(here: Settings, version: "DatasetVersion", config: TrainConfig, search
         if key not in largest or each.batch_size > largest[key].batch_size:
             largest[key] = each
     for each in largest.values():
-        check_version(here.store, version, each)
+        check_version(here.mlflow_tracking_uri, here.store, version, each)
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
@@ -147,7 +148,9 @@ def open_run(here: Settings, study: str, version: "DatasetVersion", config: Trai
     page = f"{here.prefect_ui_url.rstrip('/')}/runs/flow-run/{flow_run.get_id()}"
     run_id = open_study_run(here.mlflow_tracking_uri, study, version, config, search, this_run(), page)
     link = run_page(here.mlflow_tracking_uri, run_id)
-    create_link_artifact(link=link, link_text="MLflow run of the search", key=f"search-mlflow-{_key(version.name)}")
+    create_link_artifact(
+        link=link, link_text="MLflow run of the search", key=artifact_key("search-mlflow", version.name)
+    )
     return run_id
 
 
@@ -201,7 +204,7 @@ def publish(
     title, link = f"Search on {version.name} v{version.version}", run_page(here.mlflow_tracking_uri, run_id)
     create_markdown_artifact(
         search_report.page(title, search, tried, chosen, importance, why_ended, picture, link),
-        key=f"search-{_key(version.name)}",
+        key=artifact_key("search", version.name),
         description=f"{title}: {why_ended}",
     )
     return best
@@ -239,8 +242,3 @@ def remember(here: Settings, study: str, chosen: TrainConfig, model: "TrainedMod
         "run_id": model.run_id,
     }
     set_winner(open_storage(here.search_storage.get_secret_value()), study, told)
-
-
-def _key(name: str) -> str:
-    """Artifact keys take lower-case letters, digits and dashes."""
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())

@@ -11,15 +11,15 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from tasks.claims import Subject, claim, claimant, release
 from tasks.recipe import NOT_IDENTITY, TrainConfig
-from tasks.storage import Store, list_objects, read, store_faults, write
+from tasks.storage import Store, delete, list_objects, read, store_faults, write
 
 if TYPE_CHECKING:
     from tasks.dataset import DatasetVersion
@@ -31,14 +31,19 @@ KEPT: Final = 2  # the newest, and one before it should that be damaged
 PREFIX: Final = "checkpoints"
 
 
+class Superseded(RuntimeError):
+    """Another run has taken this work over: what this one would still write is not its own any more."""
+
+
 @dataclass(frozen=True)
 class Undertaking:
-    """A piece of training work and this run's right to its checkpoints. predecessor: the dead run it was taken over from."""
+    """A piece of training work and the right of `run` to its checkpoints. predecessor: the dead run it was taken over from."""
 
     store: Store
     dataset: str
     identity: str
     resumable: bool
+    run: str
     predecessor: str | None = None
 
     @property
@@ -74,20 +79,29 @@ def undertake(
     train on their own) or the recipe wants none.
     """
     identity = identity_of(version, config, stage)
-    found = Undertaking(store, version.name, identity, resumable=False)
+    found = Undertaking(store, version.name, identity, resumable=False, run=run)
     if not config.resume:
         return found
     before = claimant(store, found.subject)
     if not claim(store, found.subject, run, is_running):
         log.warning("run %s is at work on the same training: this one trains on its own, without checkpoints", before)
         return found
-    return Undertaking(store, version.name, identity, resumable=True, predecessor=before if before != run else None)
+    return replace(found, resumable=True, predecessor=before if before != run else None)
+
+
+def require_ours(work: Undertaking) -> None:
+    """Raises Superseded where another run took the work over: this one was cut off, and thought dead."""
+    if work.resumable and (owner := claimant(work.store, work.subject)) != work.run:
+        raise Superseded(
+            f"run {owner} has taken this training over from {work.run}, which was thought dead for want of heartbeats: "
+            "this one writes nothing more; see the other run"
+        )
 
 
 def conclude(work: Undertaking) -> None:
-    """The work is done: nothing to take up is left."""
-    if work.resumable:
-        _delete_for_good(work.store, work.folder)
+    """The work is done: nothing to take up is left. What another run has taken over is left to it."""
+    if work.resumable and claimant(work.store, work.subject) == work.run:
+        _remove(work.store, _keys(work))
         release(work.store, work.subject)
 
 
@@ -113,20 +127,21 @@ def save(work: Undertaking, state: dict[str, Any], run_id: str) -> None:
     keys = _keys(work)
     number = _number(keys[-1]) + 1 if keys else 1
     write(work.store, f"{work.folder}{number:08d}.ckpt", json.dumps(header).encode() + b"\n" + data)
-    for old in keys[: -(KEPT - 1)]:
-        _delete_for_good(work.store, old)
+    _remove(work.store, keys[: -(KEPT - 1)])
 
 
 def keeping(work: Undertaking, run_id: str) -> Callable[[dict[str, Any]], None] | None:
     """What keeps a training's states; None where it is not to be taken up.
 
     A store that does not answer costs a checkpoint, not the training: it is told in the log and tried again with the next.
+    Raises Superseded before it writes what would be another run's.
     """
     if not work.resumable:
         return None
 
     def keep(state: dict[str, Any]) -> None:
         try:
+            require_ours(work)
             save(work, state, run_id)
         except store_faults() as error:
             log.warning("no checkpoint after %d epochs, the one before stays: %s", len(state["epochs"]), error)
@@ -168,17 +183,32 @@ def _keys(work: Undertaking) -> list[str]:
     return [each.key for each in list_objects(work.store, work.folder) if each.key.endswith(".ckpt")]
 
 
-def _delete_for_good(store: Store, prefix: str) -> None:
-    """Every version of every object below the prefix: in a bucket that keeps versions, old checkpoints would fill it."""
-    client = _boto3_client(store)
-    for page in client.get_paginator("list_object_versions").paginate(Bucket=store.bucket, Prefix=prefix):
+def _remove(store: Store, keys: Sequence[str]) -> None:
+    """Take the objects away, for good where the store allows it. Raises what a store that is away raises."""
+    from botocore.exceptions import ClientError
+
+    for key in keys:
+        try:
+            refused = _delete_for_good(store, key)
+        except ClientError as error:
+            refused = str(error.response.get("Error", {}).get("Code"))
+        if refused:
+            log.warning(
+                "old versions of %s stay (%s): does the role have s3:ListBucketVersions and s3:DeleteObjectVersion?",
+                *(store.uri(key), refused),
+            )
+            delete(store, [key])
+
+
+def _delete_for_good(store: Store, key: str) -> str:
+    """Every version of the object, which would fill a bucket that keeps them; why not, where the store refuses."""
+    client, refused = _boto3_client(store), ""
+    for page in client.get_paginator("list_object_versions").paginate(Bucket=store.bucket, Prefix=key):
         entries = [*page.get("Versions", ()), *page.get("DeleteMarkers", ())]
-        doomed = [{"Key": each["Key"], "VersionId": each["VersionId"]} for each in entries]
-        if not doomed:
-            continue
-        answer = client.delete_objects(Bucket=store.bucket, Delete={"Objects": doomed, "Quiet": True})
-        for error in answer.get("Errors", ()):
-            log.warning("%s stays (%s): does the role have s3:DeleteObjectVersion?", error["Key"], error["Code"])
+        if doomed := [{"Key": each["Key"], "VersionId": each["VersionId"]} for each in entries]:
+            answer = client.delete_objects(Bucket=store.bucket, Delete={"Objects": doomed, "Quiet": True})
+            refused = "; ".join({str(error["Code"]) for error in answer.get("Errors", ())}) or refused
+    return refused
 
 
 @cache

@@ -5,7 +5,8 @@
     <folder>/failure.json                               which rank died first, and of what
     <folder>/result.pt, result.json                     what came of it
 
-`train_in_processes` is the launcher. On several nodes something else starts `tasks.rank` (docs/training.md).
+`train_in_processes` is the launcher, `require_launchable` says what it can. On several nodes something else starts `tasks.rank`
+(docs/training.md).
 """
 
 import json
@@ -49,6 +50,16 @@ class Job:
     config: TrainConfig
     weights: "Mapping[str, Tensor] | None" = None
     state: "State | None" = None
+
+
+def require_launchable(processes: int) -> None:
+    """ValueError for more processes than this machine has GPUs, where it has any."""
+    import torch
+
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise ValueError(
+            f"processes is {processes}, this machine has {torch.cuda.device_count()} GPUs: one process each at most"
+        )
 
 
 def train_in_processes(

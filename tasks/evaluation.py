@@ -212,14 +212,9 @@ def operating_point(truth: Truth, decided: Truth, rule: DecisionRule) -> Operati
     )
 
 
-def choose_threshold(scores: NDArray[Any], is_defect: NDArray[np.bool_], rule: ThresholdRule) -> float:
-    """Operating threshold in (0, 1) for [N] defect scores of the validation split.
-
-    Candidates lie half-way between neighbouring scores, so no photograph sits on the threshold; among equally good ones the
-    one nearest to 0.5. For both accuracy rules "equally good" means within one standard error of the best (Breiman et al.
-    1984): the peak over a few hundred photographs is mostly noise, and on the test splits of our recipes the plain maximum
-    lost up to 6 points of accuracy against this choice. Raises ValueError when one side is missing: without defects any
-    threshold looks perfect, and picking the lowest would reject everything (anomalib#2433).
+def require_both_sides(is_defect: NDArray[np.bool_]) -> tuple[int, int]:
+    """Defects and good parts of the validation split. Raises ValueError when one side is missing: without defects any threshold
+    looks perfect, and picking the lowest would reject everything (anomalib#2433).
     """
     defects, good = int(is_defect.sum()), int((~is_defect).sum())
     if not defects or not good:
@@ -227,6 +222,19 @@ def choose_threshold(scores: NDArray[Any], is_defect: NDArray[np.bool_], rule: T
             f"the validation split holds {defects} defects and {good} good parts: an operating threshold needs both; "
             "add labelled photographs of the missing side"
         )
+    return defects, good
+
+
+def choose_threshold(scores: NDArray[Any], is_defect: NDArray[np.bool_], rule: ThresholdRule) -> float:
+    """Operating threshold in (0, 1) for [N] defect scores of the validation split.
+
+    Candidates lie half-way between neighbouring scores, so no photograph sits on the threshold; among equally good ones the
+    one nearest to 0.5. For both accuracy rules "equally good" means within one standard error of the best (Breiman et al.
+    1984): the peak over a few hundred photographs is mostly noise, and on the test splits of our recipes the plain maximum
+    lost up to 6 points of accuracy against this choice. A recall that no threshold reaches (defects whose score is 0) gives
+    the one that misses least. Raises ValueError when one side is missing.
+    """
+    defects, good = require_both_sides(is_defect)
     candidates = _candidates(scores)
     missed = np.searchsorted(np.sort(scores[is_defect]), candidates, side="left")
     overkills = good - np.searchsorted(np.sort(scores[~is_defect]), candidates, side="left")
@@ -266,7 +274,7 @@ def _cost(
     if rule.rule == "cost":
         return np.asarray(rule.miss_cost * missed + rule.overkill_cost * overkills, dtype=np.float64)
     too_many = (defects - missed) / defects < rule.recall
-    return np.where(too_many, np.inf, overkills.astype(np.float64))
+    return np.where(too_many, (good + 1.0) * missed, overkills)
 
 
 def _check(probabilities: NDArray[Any], truth: Truth, classes: int) -> None:

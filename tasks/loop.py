@@ -6,9 +6,11 @@ its figures so far, best weights, early stopping, schedule, time used): restored
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -115,6 +117,7 @@ class Loop:
 
     def fit(self, on_epoch: Callable[[Epoch], None] | None, save: Callable[[State], None] | None) -> None:
         """Train to the end. Each epoch is kept before it is reported: what has been reported is never computed again."""
+        self.epoch_began = time.monotonic()  # what was compiled and measured until now is paid once, not in every epoch
         while self.stopped is None:
             self._pass_over_training(save)
             epoch = self._end_epoch()
@@ -229,16 +232,20 @@ class Loop:
         return epoch
 
     def _plan(self, seconds: float, epoch_seconds: float) -> None:
-        """Drop the epochs that do not fit into the time left, so that the schedule still ends at its end."""
+        """Drop the epochs that do not fit into the time left, so that the schedule still ends at its end. The median of the
+        epochs is what one takes: one that was held up costs the others nothing.
+        """
         left = self.config.max_minutes * 60 - seconds
-        self.planned = min(self.planned, len(self.epochs) + max(0, int(left / epoch_seconds)))
+        told = [later.seconds - earlier.seconds for earlier, later in pairwise(self.epochs[:-1])]
+        usual = statistics.median([*told, epoch_seconds])
+        self.planned = min(self.config.epochs, len(self.epochs) + max(0, int(left / usual)))
 
     def _at_the_end(self) -> str | None:
         if len(self.epochs) < self.planned:
             return None
-        if self.planned == self.config.epochs:
+        if len(self.epochs) == self.config.epochs:
             return f"all {self.config.epochs} epochs done"
-        return f"the time of {self.config.max_minutes:g} minutes is used up"
+        return f"no further epoch fits into the {self.config.max_minutes:g} minutes"
 
     def _validate(self) -> tuple[float, float, Figures]:
         """Loss, refined loss and figures of the whole validation split, batches in turn to the processes.

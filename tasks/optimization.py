@@ -39,8 +39,10 @@ class EarlyStopping:
 
     def reason(self, loss: float, accuracy: float) -> str | None:
         """Why training should stop after this epoch, or None."""
+        asked = self.stop_at_accuracy is not None or self.stop_at_loss is not None
+        right_enough = self.stop_at_accuracy is None or accuracy >= self.stop_at_accuracy
         low_enough = self.stop_at_loss is None or loss <= self.stop_at_loss
-        if self.stop_at_accuracy is not None and accuracy >= self.stop_at_accuracy and low_enough:
+        if asked and right_enough and low_enough:
             return f"quality reached: accuracy {accuracy:.4f}, loss {loss:.4f}"
         if self._waited >= self.patience:
             return f"no better validation loss for {self.patience} epochs"

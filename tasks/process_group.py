@@ -17,11 +17,12 @@ CPU: Final = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Process `rank` of `count`; the first one decides, reports and keeps."""
+    """Process `rank` of `count`; the first one decides, reports and keeps. here: how many of them share this machine."""
 
     rank: int = 0
     count: int = 1
     device: torch.device = CPU
+    here: int = 1
 
     @property
     def first(self) -> bool:

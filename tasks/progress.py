@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, cast
 from uuid import UUID
 
 from tasks.recipe import TrainConfig
+from tasks.runs import artifact_key
 
 if TYPE_CHECKING:
     from tasks.loop import Epoch
@@ -19,8 +20,7 @@ class ProgressBar:
         from prefect.artifacts import create_progress_artifact
 
         self.config = config
-        key = "progress-" + "".join(letter if letter.isalnum() else "-" for letter in dataset.lower())
-        made = create_progress_artifact(0.0, key, f"epoch 0 of {config.epochs}")
+        made = create_progress_artifact(0.0, artifact_key("progress", dataset), f"epoch 0 of {config.epochs}")
         self.artifact = cast(UUID, made)  # called synchronously
 
     def tell(self, epoch: "Epoch") -> None:

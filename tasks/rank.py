@@ -1,4 +1,7 @@
-"""One rank of a training in several processes: what torchrun starts, here `python -m tasks.rank <parent> <folder>`."""
+"""One rank of a training in several processes: what torchrun starts, here `python -m tasks.rank <parent> <folder>`.
+
+parent: the process to end with; 0 where a rank is a container of its own, which something else ends.
+"""
 
 import ctypes
 import json
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     parent, folder = int(sys.argv[1]), Path(sys.argv[2])
-    end_with_parent(parent, signal.SIGKILL)
+    if parent:
+        end_with_parent(parent, signal.SIGKILL)
     from torch.distributed.elastic.multiprocessing.errors import record
 
     record(work)(folder)
@@ -43,17 +47,18 @@ def work(folder: Path) -> None:
     from tasks.training import train_here
 
     job, keeps = read_job(folder)
-    rank, count = int(get_env_variable_or_raise("RANK")), int(get_env_variable_or_raise("WORLD_SIZE"))
+    told = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # by torchrun, and by what stands in for it
+    rank, count, place, here = (int(get_env_variable_or_raise(name)) for name in told)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+        torch.cuda.set_device(place)
+    device = torch.device("cuda", place) if on_gpu else torch.device("cpu")
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=count
     )
     teller = Teller(folder)
     trained = train_here(
-        ProcessGroup(rank, count, device),
+        ProcessGroup(rank, count, device, here),
         *(job.training, job.validation, job.classes, job.config, teller.epoch, job.weights, job.state),
         save=teller.state if keeps else None,
     )

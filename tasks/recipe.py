@@ -78,7 +78,8 @@ class ThresholdRule(BaseModel):
 
     rule: Literal["accuracy", "balanced_accuracy", "recall", "cost"] = Field(
         default="accuracy",
-        description="Most right decisions; the mean of both rates; a required recall; or the least cost",
+        description="Most right decisions, or the best mean of both rates (within one standard error of it the threshold "
+        "nearest to 0.5); a required recall; or the least cost",
     )
     recall: float = Field(default=0.95, gt=0, le=1, description="Rule recall: share of defects that must be caught")
     miss_cost: float = Field(default=10.0, gt=0, description="Rule cost: what one missed defect costs")
@@ -164,9 +165,13 @@ class TrainConfig(BaseModel):
     )
     min_delta: float = Field(default=0.001, ge=0, le=1, description="What counts as a better validation loss")
     stop_at_accuracy: float | None = Field(
-        default=None, gt=0, le=1, description="Stop when validation accuracy reaches this ..."
+        default=None, gt=0, le=1, description="Stop when validation accuracy reaches this"
     )
-    stop_at_loss: float | None = Field(default=None, gt=0, description="... and validation loss is at most this")
+    stop_at_loss: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop when validation loss is at most this; with the accuracy given too, at both",
+    )
 
     threshold: ThresholdRule = Field(default=ThresholdRule(), description="How the operating threshold is chosen")
     minimum_accuracy: float = Field(

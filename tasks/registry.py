@@ -1,5 +1,4 @@
 """Registered versions in MLflow: the card, weights and drift reference of each, and the aliases. Runs are in tracking.py.
-
 Nothing here sets a global tracking address: every function takes it. A version is created after everything it consists of
 is stored, so a version that exists is complete.
 """
@@ -115,14 +114,11 @@ def register(
     flow_run_id = run.data.tags[FLOW_RUN_TAG]
     earlier = registered_by(tracking_uri, card.dataset, flow_run_id)
     if earlier is not None:
+        client.set_terminated(earlier.run_id, "FINISHED")  # who died right after registering left it open
         return earlier
     outputs, statistics = io.BytesIO(), io.BytesIO()
     np.savez_compressed(
-        outputs,
-        embedding=reference.embedding,
-        probabilities=reference.probabilities,
-        labels=reference.labels,
-        sha256=reference.sha256,
+        outputs, **{name: getattr(reference, name) for name in ("embedding", "probabilities", "labels", "sha256")}
     )
     pq.write_table(reference.statistics, statistics)
     log_bytes(client, run_id, outputs.getvalue(), REFERENCE)
@@ -238,16 +234,24 @@ def load_card(tracking_uri: str, name: str, version: int) -> tuple[TrainedModel,
 def load_weights(
     tracking_uri: str, name: str, version: int, architecture: str, classes: tuple[str, ...]
 ) -> "dict[str, Tensor]":
-    """The tensors of the version's classifier; ValueError when it is another architecture or knows other classes."""
+    """The tensors of the version's classifier. Raises what `require_fit` does."""
     from safetensors.torch import load
 
+    model = require_fit(tracking_uri, name, version, architecture, classes)
+    return load(_artifact(tracking_uri, model.run_id, WEIGHTS))
+
+
+def require_fit(
+    tracking_uri: str, name: str, version: int, architecture: str, classes: tuple[str, ...]
+) -> TrainedModel:
+    """The version. Raises LookupError naming what exists, ValueError when it is another architecture or knows other classes."""
     model, card = load_card(tracking_uri, name, version)
     if (card.architecture, card.rule.labels) != (architecture, classes):
         raise ValueError(
             f"{name} v{version} is a {card.architecture} for the classes {list(card.rule.labels)}: its weights do not fit "
             f"a {architecture} for {list(classes)}"
         )
-    return load(_artifact(tracking_uri, model.run_id, WEIGHTS))
+    return model
 
 
 def load_network(tracking_uri: str, name: str, version: int) -> "ImageNetwork":

@@ -1,4 +1,4 @@
-"""Which flow run this is, for which deployment, and whether another one is still alive."""
+"""Which flow run this is, for which deployment, what its artifacts are called, and whether another run is still alive."""
 
 from typing import TYPE_CHECKING, Final
 
@@ -16,10 +16,33 @@ def this_run() -> str:
 
 
 def this_stage() -> str:
-    """`<flow>/<deployment>` of the flow run this is called in: `train/tire`; `train/by-hand` without a deployment."""
-    from prefect.runtime import deployment, flow_run
+    """`<flow>/<deployment>` of the flow run this is called in: `train/tire`; `train/by-hand` without a deployment.
 
-    return f"{flow_run.get_flow_name() or _BY_HAND}/{deployment.get_name() or _BY_HAND}"
+    A run inside another one works for that one: a training of `tune/tire` is of the stage `tune/tire`. Call it synchronously.
+    """
+    from prefect.runtime import deployment
+
+    return f"{_outermost_flow() or _BY_HAND}/{deployment.get_name() or _BY_HAND}"
+
+
+def _outermost_flow() -> str | None:
+    """Name of the flow whose run this is, or is a part of. Prefect gives a nested run the deployment of the outermost one."""
+    from uuid import UUID
+
+    from prefect.client.orchestration import get_client
+    from prefect.runtime import flow_run
+
+    outermost = flow_run.get_root_flow_run_id()
+    if outermost is None or outermost == flow_run.get_id():
+        name: str | None = flow_run.get_flow_name()
+        return name
+    with get_client(sync_client=True) as client:
+        return client.read_flow(client.read_flow_run(UUID(outermost)).flow_id).name
+
+
+def artifact_key(*words: str) -> str:
+    """Of lower-case letters, digits and dashes, as Prefect wants them: `training`, `tire_b` -> `training-tire-b`."""
+    return "".join(letter if letter.isalnum() else "-" for letter in "-".join(words).lower())
 
 
 def is_alive(run: str) -> bool:

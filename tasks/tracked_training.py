@@ -3,13 +3,14 @@
 import logging
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.checkpoints import Undertaking, keeping, newest
 from tasks.dataset import DatasetVersion, read_rows
 from tasks.limits import held
 from tasks.progress import ProgressBar
 from tasks.recipe import TrainConfig
-from tasks.registry import load_weights
+from tasks.registry import load_weights, require_fit
 from tasks.samples import Samples
 from tasks.storage import Store
 from tasks.tracking import log_epoch, logged_epochs
@@ -18,11 +19,20 @@ from tasks.training import Epoch, Trained, accelerator, check_labels, train
 log = logging.getLogger(__name__)
 
 
-def check_version(store: Store, version: DatasetVersion, config: TrainConfig) -> None:
-    """ValueError, before a photograph is read, where the dataset version cannot be trained on with this recipe."""
-    names = [name for rows in read_rows(store, version, ["train"], ["label"]) for name in rows["label"].to_pylist()]
-    labels = np.array([version.classes.index(name) for name in names], dtype=np.int64)
-    check_labels(labels, version.splits.get("val", 0), version.classes, config)
+def check_version(tracking_uri: str, store: Store, version: DatasetVersion, config: TrainConfig) -> None:
+    """Before a photograph is read: ValueError where the dataset version cannot be trained on with this recipe, LookupError
+    where the version to continue from does not exist.
+    """
+    if config.continue_from is not None:
+        require_fit(tracking_uri, version.name, config.continue_from, config.architecture, version.classes)
+    training, validation = (_labels(store, version, split) for split in ("train", "val"))
+    check_labels(training, validation, version.classes, config)
+
+
+def _labels(store: Store, version: DatasetVersion, split: str) -> NDArray[np.int64]:
+    """[N] indices into the version's classes; empty for a split it does not have."""
+    names = [name for rows in read_rows(store, version, [split], ["label"]) for name in rows["label"].to_pylist()]
+    return np.array([version.classes.index(name) for name in names], dtype=np.int64)
 
 
 def train_tracked(

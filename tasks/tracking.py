@@ -34,11 +34,13 @@ def open_run(
     flow_run_url: str,
     training: str | None = None,
     has_checkpoint: bool = False,
+    checkpoints: str = "",
 ) -> str:
     """The MLflow run of this training in the experiment of the dataset: parameters once, the dataset as input, the environment.
 
     training: the identity of the work (tasks/checkpoints.py), where this flow run may take up what a dead one left: its MLflow
-    run goes on. What a flow run left open otherwise is closed as killed, so that no metric series mixes two attempts.
+    run goes on. checkpoints: where they lie until it ends. What a flow run left open otherwise is closed as killed, so that
+    no metric series mixes two attempts.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
@@ -56,7 +58,7 @@ def open_run(
         "mlflow.note.content": f"[Prefect run]({flow_run_url})",
         "mlflow.source.git.commit": commit(),
         **_identity(dataset, config),
-        **({TRAINING_TAG: training} if training else {}),
+        **({TRAINING_TAG: training, "checkpoints": checkpoints} if training else {}),
     }
     if run_id is None:
         name = f"{dataset.name} v{dataset.version}"
@@ -146,10 +148,12 @@ def write_tensorboard(folder: Path, epochs: Sequence["Epoch"]) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     began = time.time() - (epochs[-1].seconds if epochs else 0.0)
-    with SummaryWriter(str(folder)) as writer:
+    with SummaryWriter(str(folder), filename_suffix=".written") as writer:
         for epoch in epochs:
             for name, value in series_of(epoch).items():
                 writer.add_scalar(name, value, epoch.number, began + epoch.seconds)
+    [written] = folder.glob("*.written")
+    written.rename(folder / "events.out.tfevents.training")  # one name: written again it replaces the first
 
 
 def close_run(tracking_uri: str, run_id: str, status: str, reasons: tuple[str, ...] = ()) -> None:

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tasks.decision import DecisionRule
+from tasks.evaluation import require_both_sides
 from tasks.loop import Epoch, Loop, State
 from tasks.losses import make_loss
 from tasks.machine import accelerator, memory_kept, repeatable, threads
@@ -36,21 +38,20 @@ class Trained:
 
 def check_samples(training: Samples, validation: Samples, classes: tuple[str, ...], config: TrainConfig) -> None:
     """ValueError, before any work, for data that cannot be trained on; it says what is missing."""
-    check_labels(training.labels, len(validation), classes, config)
+    check_labels(training.labels, validation.labels, classes, config)
 
 
-def check_labels(training: NDArray[np.int64], validation: int, classes: tuple[str, ...], config: TrainConfig) -> None:
-    """The same from the labels of the training split and the number of photographs to validate on: without a picture."""
+def check_labels(
+    training: NDArray[np.int64], validation: NDArray[np.int64], classes: tuple[str, ...], config: TrainConfig
+) -> None:
+    """The same from the labels of both splits [N], without a picture; that the trained network can be judged, too."""
     require_size(config.architecture, config.image_size)
-    unknown = sorted(set(config.defect_labels) - set(classes))
-    if unknown:
-        raise ValueError(f"defect_labels {unknown} are not among the classes {list(classes)} of the dataset")
     if len(training) < config.batch_size:
         raise ValueError(
             f"the training split holds {len(training)} photographs, fewer than one batch of {config.batch_size}: "
             "add photographs or lower batch_size"
         )
-    if validation == 0:
+    if len(validation) == 0:
         raise ValueError("the validation split is empty: add photographs until some fall into it")
     missing = sorted(set(range(len(classes))) - set(training.tolist()))
     if len(classes) < 2 or missing:
@@ -59,10 +60,13 @@ def check_labels(training: NDArray[np.int64], validation: int, classes: tuple[st
             if missing
             else f"the only class is {list(classes)}: telling apart needs at least two"
         )
-    if torch.cuda.is_available() and config.processes > torch.cuda.device_count():
-        raise ValueError(
-            f"processes is {config.processes}, this machine has {torch.cuda.device_count()} GPUs: one process each at most"
-        )
+    if config.defect_labels:
+        is_defect = DecisionRule(classes, config.defect_labels, 0.5).defect_mask[validation]
+        require_both_sides(is_defect)
+    if config.processes > 1:
+        from tasks.distributed import require_launchable
+
+        require_launchable(config.processes)
 
 
 def train(
@@ -105,7 +109,7 @@ def train_here(
     began, cpu_began = time.monotonic(), time.process_time()
     device = group.device
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    mine = threads(max(1, processors() // group.count))
+    mine = threads(max(1, processors() // group.here))
     with mine, memory_kept(), torch.random.fork_rng(devices), repeatable(config.deterministic):
         torch.manual_seed(config.seed)
         pretrained = config.pretrained and weights is None and state is None

@@ -6,9 +6,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from botocore.exceptions import ClientError
 
 from tasks import checkpoints
-from tasks.checkpoints import conclude, has_checkpoint, identity_of, keeping, newest, save, undertake, unpacked
+from tasks.checkpoints import (
+    Superseded,
+    conclude,
+    has_checkpoint,
+    identity_of,
+    keeping,
+    newest,
+    save,
+    undertake,
+    unpacked,
+)
 from tasks.dataset import DatasetVersion
 from tasks.recipe import Augmentation, TrainConfig
 from tasks.samples import Samples
@@ -228,3 +239,30 @@ def test_no_code_in_a_checkpoint_is_run(kept_on):
     header = {"format": checkpoints.FORMAT, "sha256": hashlib.sha256(payload.getvalue()).hexdigest()}
     with pytest.raises(pickle.UnpicklingError, match=r"weights_only|Weights only"):
         unpacked(json.dumps(header).encode() + b"\n" + payload.getvalue())
+
+
+def test_a_run_that_was_thought_dead_writes_nothing_more_and_leaves_its_heir_alone(kept_on):
+    first = work_of(kept_on, "run-1")
+    keep = keeping(first, "mlflow-run")
+    keep(STATES[1])
+    heir = work_of(kept_on, "run-2")
+    with pytest.raises(Superseded, match="run run-2 has taken this training over from run-1"):
+        keep(STATES[2])
+    conclude(first)
+    assert len(newest(heir)["epochs"]) == 1 and work_of(kept_on, "run-3", running={"run-2"}).resumable is False
+    keeping(heir, "mlflow-run")(STATES[3])
+    assert len(newest(heir)["epochs"]) == 3
+
+
+def test_without_the_right_to_list_versions_a_training_is_still_concluded(kept_on, caplog, monkeypatch):
+    def refused(store, key):
+        raise ClientError({"Error": {"Code": "AccessDenied"}}, "ListObjectVersions")
+
+    work = work_of(kept_on)
+    monkeypatch.setattr(checkpoints, "_delete_for_good", refused)
+    for state in STATES[:3]:
+        keeping(work, "mlflow-run")(state)
+    assert len(newest(work)["epochs"]) == 2 and len(list_objects(kept_on, work.folder)) == 2
+    assert "s3:ListBucketVersions" in caplog.text and "no checkpoint" not in caplog.text
+    conclude(work)
+    assert not has_checkpoint(work_of(kept_on, "run-2"))

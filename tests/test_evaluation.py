@@ -195,6 +195,12 @@ def test_the_recall_rule_keeps_its_promise_on_the_split_it_saw(pairs, recall):
     assert np.mean(scores[defect] >= np.float32(threshold)) >= recall - 1e-9
 
 
+def test_a_recall_that_no_threshold_reaches_gives_the_one_that_misses_least():
+    scores, defect = np.array([0.0, 0.9, 0.1, 0.2]), np.array([True, True, False, False])
+    threshold = choose_threshold(scores, defect, ThresholdRule(rule="recall", recall=1.0))
+    assert (scores[defect] >= threshold).sum() == 1 and threshold > 0.2
+
+
 def test_probabilities_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="diverged"):
         evaluate(np.array([[np.nan, 0.5, 0.5]]), np.array([0]), RULE)

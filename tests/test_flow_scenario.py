@@ -11,6 +11,7 @@ from flows.scenario import scenario
 from flows.settings import settings
 from tasks import registry
 from tasks.candidates import Candidate, Scenario
+from tasks.claims import verdicts
 from tasks.recipe import Augmentation, TrainConfig
 from tasks.storage import Store
 
@@ -93,3 +94,25 @@ def test_the_best_candidate_is_announced_and_a_killed_scenario_trains_only_what_
 
     again = scenario("candidates", TWO, config=QUICK, return_state=True)
     assert again.result() == state.result() and len(trained) == 3
+
+
+@pytest.mark.usefixtures("prefect_server", "here")
+def test_candidates_that_failed_are_no_verdict(
+    store: Store,
+    ingested: Callable[..., Any],
+    photograph: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = {
+        f"{split}/{label}/{number}.png": photograph(number + shift, kind="PNG")
+        for label, shift in (("cut", 0), ("good", 500))
+        for split, numbers in (("train", range(12)), ("val", range(12, 18)))
+        for number in numbers
+    }
+    ingested(store, "unlucky", "batch", {**files, "_SUCCESS": b""})
+    monkeypatch.setenv("TIREWATCH_TRAINING_LIMIT", "no-such-limit")
+    settings.cache_clear()
+    candidates = (Candidate(name="a"), Candidate(name="b", overrides={"minimum_accuracy": 1.0}))
+    state = scenario("unlucky", Scenario(candidates=candidates, metric="loss"), config=QUICK, return_state=True)
+    assert state.is_failed() and "nothing is decided about unlucky v1: a failed: " in state.message
+    assert verdicts(store, "scenario/by-hand") == {}

@@ -248,9 +248,16 @@ def unfit(here):
     [
         ("plates", None, {"architecture": "resnet18"}, "resnet18 takes images of 32 to 768 pixels a side, not 16"),
         ("plates", 99, {}, "no version 99"),
+        ("plates", None, {"continue_from": 99}, "has no version 99"),
+        (
+            "plates",
+            None,
+            {"defect_labels": ("plain", "scratched")},
+            "is a defect: nothing would be left to pass as good",
+        ),
         ("lonely", None, {"defect_labels": ()}, "the only class is ['plain']: telling apart needs at least two"),
         ("few", None, {}, "fewer than one batch of 16: add photographs or lower batch_size"),
-        ("plates", None, {"defect_labels": ("torn",)}, "defect_labels ['torn'] are not among the classes"),
+        ("plates", None, {"defect_labels": ("torn",)}, "defect labels ['torn'] are not among the labels"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused_before_any_work(here, plates, unfit, dataset, version, changes, message):

@@ -1,4 +1,5 @@
 import math
+import time
 
 import numpy as np
 import pytest
@@ -123,6 +124,15 @@ def test_training_stops_when_both_asked_qualities_are_reached():
         assert bool(watch.reason(loss, accuracy)) is stops
 
 
+@pytest.mark.parametrize(
+    ("asked", "stops"), [({"stop_at_loss": 0.3}, True), ({"stop_at_accuracy": 0.9}, False), ({}, False)]
+)
+def test_one_asked_quality_stops_alone(asked, stops):
+    watch = EarlyStopping(patience=9, min_delta=0, **asked)
+    watch.is_best(0.2)
+    assert bool(watch.reason(0.2, 0.8)) is stops
+
+
 def test_a_long_run_stops_at_quality_instead_of_using_its_epochs():
     config = QUICK.model_copy(update={"epochs": 50, "stop_at_accuracy": 0.95})
     trained = train(samples(160), samples(40, 1), CLASSES, config)
@@ -132,9 +142,16 @@ def test_a_long_run_stops_at_quality_instead_of_using_its_epochs():
 def test_a_time_budget_drops_epochs_and_still_ends_the_schedule():
     config = QUICK.model_copy(update={"epochs": 500, "max_minutes": 2 / 60, "patience": 100})
     trained = train(samples(64), samples(32, 1), CLASSES, config)
-    assert 1 <= len(trained.epochs) < 500 and "time" in trained.stopped
+    assert 1 <= len(trained.epochs) < 500 and trained.stopped.startswith("no further epoch fits into the 0.0333")
     assert trained.seconds < 6
     assert trained.epochs[-1].learning_rate < 0.3 * config.learning_rate
+
+
+def test_an_epoch_that_was_held_up_does_not_take_the_later_ones_their_time():
+    config = QUICK.model_copy(update={"epochs": 12, "max_minutes": 15 / 60, "patience": 100})
+    held_up = lambda epoch: time.sleep(2) if epoch.number == 1 else None  # noqa: E731  counts for the second
+    trained = train(samples(64), samples(32, 1), CLASSES, config, held_up)
+    assert (len(trained.epochs), trained.stopped) == (12, "all 12 epochs done")
 
 
 def test_every_epoch_is_reported_as_it_ends():
@@ -199,8 +216,24 @@ def test_data_that_cannot_be_trained_on_is_refused_before_any_work(training, val
 
 
 def test_a_defect_label_that_no_class_carries_is_refused():
-    with pytest.raises(ValueError, match=r"defect_labels \['worn'\] are not among the classes"):
+    with pytest.raises(ValueError, match=r"defect labels \['worn'\] are not among the labels"):
         train(samples(20), samples(8, 1), CLASSES, QUICK.model_copy(update={"defect_labels": ("worn",)}))
+
+
+@pytest.mark.parametrize(
+    ("defects", "validation", "message"),
+    [
+        (("dark", "light"), samples(8, 1), "every label of .* is a defect"),
+        (("light",), samples(8, 1, classes=1), "0 defects and 8 good parts: an operating threshold needs both"),
+    ],
+)
+def test_what_could_be_trained_but_never_judged_is_refused_before_any_work(defects, validation, message):
+    told = []
+    with pytest.raises(ValueError, match=message):
+        train(
+            samples(20), validation, CLASSES, QUICK.model_copy(update={"defect_labels": defects}), on_epoch=told.append
+        )
+    assert told == []
 
 
 def test_a_loss_that_explodes_names_the_learning_rate():

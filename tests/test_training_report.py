@@ -165,7 +165,9 @@ def test_evaluation_json_is_json_for_everybody_even_where_a_figure_is_nothing(ou
 def test_tensorboard_reads_the_series_of_every_epoch(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    write_tensorboard(tmp_path / "tensorboard", TRAINED.epochs)
+    for _ in range(2):  # a run that was killed after it writes them once more
+        write_tensorboard(tmp_path / "tensorboard", TRAINED.epochs)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     loss = events.Scalars("val/Loss")
     assert [point.step for point in loss] == [1, 2, 3]
