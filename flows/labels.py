@@ -53,7 +53,7 @@ class LabelOptions(BaseModel):
         3, ge=1, le=10, description="Draws of the folds whose mean is taken; one where the judge trains"
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of the folds")
-    shown: int = Field(36, ge=0, le=60, description="Photographs on the page")
+    shown: int = Field(36, ge=0, le=60, description="Photographs on the page and in the table")
     review: int = Field(100, ge=1, le=2000, description="Suspects in the review batch, at most")
 
 
@@ -79,7 +79,7 @@ def labels(
     if findings is None:
         rows = read_labels(here.store, version, options)
         if options.judge == "training":
-            probabilities = by_training(here.store, version, rows, options, config)
+            probabilities = by_training(here, version, rows, options, config)
         else:
             probabilities = by_network(here, version, rows, options, method)
         findings = decide(here.store, version, rows, probabilities, method)
@@ -139,11 +139,13 @@ def examined_before(store: Store, version: "DatasetVersion", method: dict[str, A
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
 def read_labels(store: Store, version: "DatasetVersion", options: LabelOptions) -> "LabelledRows":
     """The labels, and their groups. Raises ValueError when they cannot be judged, before any photograph is read."""
+    from tasks.label_evidence import groups_to_train
     from tasks.label_evidence import read_labels as read
-    from tasks.labels import require_judgeable
+    from tasks.labels import groups_needed, require_judgeable
 
     rows = read(store, version, options.splits)
-    require_judgeable(rows.labels, rows.groups, rows.classes)
+    needed = groups_to_train(options.folds) if options.judge == "training" else groups_needed(options.folds)
+    require_judgeable(rows.labels, rows.groups, rows.classes, needed, more_splits=len(set(options.splits)) < 3)
     return rows
 
 
@@ -151,10 +153,11 @@ def read_labels(store: Store, version: "DatasetVersion", options: LabelOptions) 
 def by_network(
     here: Settings, version: "DatasetVersion", rows: "LabelledRows", options: LabelOptions, method: dict[str, Any]
 ) -> "Probabilities":
-    """Out-of-sample probabilities by a linear model on the features of a network."""
+    """Out-of-sample probabilities by a linear model on the features of a network; while it looks it holds a training slot."""
     from tasks.images import CURRENT
     from tasks.label_evidence import features_of
     from tasks.labels import by_features
+    from tasks.limits import training_slot
     from tasks.model import build_model, image_network
     from tasks.registry import load_card, load_network
 
@@ -170,7 +173,8 @@ def by_network(
     def progress(done: int) -> None:
         log.info("features of %d of %d photographs", done, len(rows))
 
-    features = features_of(here.store, version, options.splits, network, size, preprocessing, progress)
+    with training_slot(here.training_limit):
+        features = features_of(here.store, version, options.splits, network, size, preprocessing, progress)
     probabilities, strength = by_features(
         features, rows.labels, rows.groups, len(rows.classes), options.folds, options.rounds, options.seed
     )
@@ -180,18 +184,19 @@ def by_network(
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE, persist_result=False)
 def by_training(
-    store: Store, version: "DatasetVersion", rows: "LabelledRows", options: LabelOptions, config: TrainConfig
+    here: Settings, version: "DatasetVersion", rows: "LabelledRows", options: LabelOptions, config: TrainConfig
 ) -> "Probabilities":
-    """Out-of-sample probabilities by the recipe's training, once for each fold."""
+    """Out-of-sample probabilities by the recipe's training, once for each fold; while it trains it holds a training slot."""
     from tasks.dataset import read_rows
-    from tasks.label_evidence import trained_judge
-    from tasks.labels import cross_validated
+    from tasks.label_evidence import by_trainings, training_folds
+    from tasks.limits import training_slot
     from tasks.samples import read_samples
 
-    batches = read_rows(store, version, options.splits, ["image", "label", "sha256"])
+    folds = training_folds(rows, config, options.folds, options.seed)
+    batches = read_rows(here.store, version, options.splits, ["image", "label", "sha256"])
     samples = read_samples(batches, len(rows), rows.classes, config.image_size)
-    judge = trained_judge(samples, rows.groups, rows.classes, config, log.info)
-    return cross_validated(rows.labels, rows.groups, len(rows.classes), options.folds, options.seed, judge)
+    with training_slot(here.training_limit):
+        return by_trainings(samples, folds, rows.classes, config, log.info)
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
@@ -244,9 +249,10 @@ def show(store: Store, version: "DatasetVersion", findings: "Findings", options:
     suspects = open_suspects(read_ranking(store, findings))
     shown = suspects.slice(0, options.shown).to_pylist()
     pictures = photographs_of(store, version, [row["sha256"] for row in shown])
-    drawn = sheet(shown, [pictures[row["sha256"]] for row in shown]) if shown else None
+    photographs = [pictures[row["sha256"]] for row in shown]
+    drawn = sheet(shown, photographs) if shown else None
     key, described = version.name.replace("_", "-"), headline(findings)
     review = store.uri(findings.review_prefix)
     create_markdown_artifact(page(findings, shown, drawn, review, offered), key=f"labels-{key}", description=described)
     listed = suspects.slice(0, options.review).to_pylist()
-    create_table_artifact(table(listed), key=f"suspects-{key}", description=described)
+    create_table_artifact(table(listed, photographs), key=f"suspects-{key}", description=described)

@@ -4,7 +4,7 @@ Two ways. Features of a network that has not seen these labels, and a linear mod
 photographs. Or the recipe's own training, once for every fold: minutes to hours, for photographs whose features say too little.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,12 +18,12 @@ from tasks.samples import Samples, read_samples
 from tasks.storage import Store
 
 if TYPE_CHECKING:
-    from tasks.labels import Judge, Probabilities
+    from tasks.labels import Probabilities
     from tasks.model import ImageNetwork
 
 _COLUMNS: Final = ("sha256", "label", "group", "split", "source_key")
 _ROWS: Final = 256  # photographs in memory at a time
-_VALIDATION: Final = 6  # one sixth of what a fold may learn from decides when its training stops
+_VALIDATION: Final = 6  # a sixth of what a fold may learn from decides when its training stops
 
 
 @dataclass(frozen=True)
@@ -95,27 +95,61 @@ def photographs_of(store: Store, version: DatasetVersion, sha256: Sequence[str])
     return {digest: image.as_py() for digest, image in zip(sha256, images, strict=True)}
 
 
-def trained_judge(
+@dataclass(frozen=True)
+class TrainingFold:
+    """Rows: what a training learns from, what decides when it stops, and what it then judges. No group is in two of them."""
+
+    learnt: NDArray[np.int64]
+    watched: NDArray[np.int64]
+    held: NDArray[np.int64]
+
+
+def training_folds(rows: LabelledRows, config: TrainConfig, folds: int, seed: int) -> tuple[TrainingFold, ...]:
+    """All trainings that judge the labels, so that none is paid for before it is known that the last one can be done.
+
+    Raises ValueError naming what is missing.
+    """
+    from tasks.labels import folds_of, groups_needed
+    from tasks.training import check_labels
+
+    labels, groups, found = rows.labels, rows.groups, []
+    for rest, held in folds_of(labels, groups, folds, seed, left=groups_needed(_VALIDATION)):
+        learnt, watched = next(folds_of(labels[rest], groups[rest], _VALIDATION, config.seed))
+        found.append(TrainingFold(rest[learnt], rest[watched], held))
+        check_labels(labels[rest[learnt]], labels[rest[watched]], rows.classes, _judging(config))
+    return tuple(found)
+
+
+def groups_to_train(folds: int) -> int:
+    """The fewest groups of a class that can be judged by trainings: one to learn from, one to watch, and the held ones."""
+    from tasks.labels import groups_needed
+
+    return groups_needed(folds, left=groups_needed(_VALIDATION))
+
+
+def by_trainings(
     samples: Samples,
-    groups: NDArray[np.int64],
+    folds: Sequence[TrainingFold],
     classes: tuple[str, ...],
     config: TrainConfig,
     report: Callable[[str], None],
-) -> "Judge":
-    """Trains by the recipe on the rest, a sixth of whose groups decides when to stop; held out rows are only predicted."""
-    from tasks.labels import folds_of
+) -> "Probabilities":
+    """[N, C] out of sample by one training of the recipe for each fold; what a fold holds out is only predicted."""
     from tasks.training import predict, train
 
     def part(rows: NDArray[np.int64]) -> Samples:
         return Samples(samples.images[rows], samples.labels[rows], samples.sha256[rows])
 
-    def judge(rest: NDArray[np.int64], held: NDArray[np.int64]) -> "Probabilities":
-        inner: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
-        inner = folds_of(samples.labels[rest], groups[rest], _VALIDATION, config.seed)
-        learnt, watched = next(inner)
-        trained = train(part(rest[learnt]), part(rest[watched]), classes, config)
+    found = np.full((len(samples.labels), len(classes)), np.nan)
+    for fold in folds:
+        trained = train(part(fold.learnt), part(fold.watched), classes, _judging(config))
         best = trained.epochs[trained.best_epoch - 1].validation.accuracy
-        report(f"{len(learnt)} photographs learnt, {len(held)} judged; validation accuracy {best:.3f}")
-        return predict(trained.network, part(held).images)["probabilities"].astype(np.float64)
+        report(f"{len(fold.learnt)} photographs learnt, {len(fold.held)} judged; validation accuracy {best:.3f}")
+        found[fold.held] = predict(trained.network, part(fold.held).images)["probabilities"]
+    return found
 
-    return judge
+
+def _judging(config: TrainConfig) -> TrainConfig:
+    """The recipe for a judge: no threshold, so no defects, and nothing that a version has learnt of the labels before."""
+    frozen = config.frozen_stages if config.pretrained else 0
+    return config.model_copy(update={"defect_labels": (), "continue_from": None, "frozen_stages": frozen})

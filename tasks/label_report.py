@@ -12,9 +12,11 @@ from tasks.images import decode
 from tasks.label_review import Findings
 
 SIDE: Final = 128  # pixels of a picture on the page
+SMALL: Final = 64  # and in the table
 _GAP, _CAPTION, _COLUMNS = 8, 34, 6
 _LETTER: Final = 7  # pixels of a letter of the captions
 MAX_SHEET: Final = 400_000  # bytes of the pictures on a page: Prefect keeps them in its database
+MAX_SMALL: Final = 3_600  # bytes of one in the table: 60 of them, as text, stay below 300 kB
 WEAK: Final = (
     0.7  # agreement below which most doubts are the judge's own: on CIFAR-10 0.54, a third of all labels doubted
 )
@@ -89,20 +91,30 @@ def _listed(shown: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The rows of the table artifact: every suspect that is offered for review."""
+def table(rows: Sequence[Mapping[str, Any]], photographs: Sequence[bytes]) -> list[dict[str, str]]:
+    """The rows of the table artifact: every suspect that is offered for review, the first of them with a small picture.
+
+    Prefect's page takes the text of a cell for Markdown, which is how a picture gets into one.
+    """
+    pictures = [*map(_small, photographs), *[""] * len(rows)]
     return [
         {
             "rank": str(row["rank"]),
-            "labelled": row["given"],
-            "probably": row["suggested"],
+            "photograph": picture,
+            "labelled": _cell(row["given"]),
+            "probably": _cell(row["suggested"]),
             "sure": f"{row['suggested_confidence']:.2f}",
             "split": row["split"],
-            "source": row["source_key"],
+            "source": _cell(row["source_key"]),
             "sha256": row["sha256"],
         }
-        for row in rows
+        for row, picture in zip(rows, pictures, strict=False)
     ]
+
+
+def _small(photograph: bytes) -> str:
+    data = _jpeg(Image.fromarray(decode(photograph, SMALL)), MAX_SMALL)
+    return f"![](data:image/jpeg;base64,{b64encode(data).decode()})"
 
 
 def _cell(text: str) -> str:
@@ -128,9 +140,14 @@ def sheet(
         draw.text((left, top), _short(first, letters), fill="black", font=font)
         draw.text((left, top + 15), _short(second, letters), fill=(190, 0, 0), font=font)
         canvas.paste(Image.fromarray(decode(data, side)), (left, top + _CAPTION))
+    return _jpeg(canvas, most)
+
+
+def _jpeg(image: Image.Image, most: int) -> bytes:
+    """At most `most` bytes where a quality that can be looked at allows it."""
     for quality in _QUALITIES:
         out = io.BytesIO()
-        canvas.save(out, "JPEG", quality=quality, optimize=True)
+        image.save(out, "JPEG", quality=quality, optimize=True)
         if out.tell() <= most:
             break
     return out.getvalue()

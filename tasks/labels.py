@@ -4,9 +4,11 @@ Northcutt, Jiang, Chuang: Confident Learning (JAIR 70, 2021), by their library c
 validation: a photograph is judged by models that saw neither it nor another photograph of its group.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Final
 
 import numpy as np
@@ -51,36 +53,62 @@ class Opinion:
     agreement: float
 
 
-def require_judgeable(labels: NDArray[np.int64], groups: NDArray[np.int64], classes: Sequence[str]) -> None:
-    """ValueError, before any work, for labels that no cross validation can judge; it names the class and what is missing."""
+def groups_needed(folds: int, left: int = 1) -> int:
+    """The fewest groups of a class, spread evenly, of which `left` remain whichever of the folds is held out."""
+    return next(groups for groups in count(left + 1) if groups - math.ceil(groups / folds) >= left)
+
+
+def require_judgeable(
+    labels: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    classes: Sequence[str],
+    needed: int = 2,
+    more_splits: bool = True,
+) -> None:
+    """ValueError, before any work, for labels that no cross validation can judge; it names the class and what is missing.
+
+    needed: groups of each class. more_splits: whether the dataset has splits that are not reviewed.
+    """
     if len(classes) < 2:
         raise ValueError(f"the only class is {list(classes)}: a label can only be doubted where there is another one")
     for number, name in enumerate(classes):
         found = len(np.unique(groups[labels == number]))
-        if found < 2:
+        if found < needed:
+            remedies = ["add photographs of it"]
+            remedies += ["review more splits"] if more_splits else []
+            remedies += ["set judge to pretrained, which needs 2"] if found >= 2 else []
             raise ValueError(
-                f"class {name!r} has photographs of {found} group(s): to judge a label by the others of its class needs two "
-                "at least, so add photographs of it, or review more splits"
+                f"class {name!r} has photographs of {found} group(s): to judge a label by the others of its class needs "
+                f"{needed} at least, so {', or '.join(remedies)}"
             )
 
 
 def folds_of(
-    labels: NDArray[np.int64], groups: NDArray[np.int64], folds: int, seed: int
+    labels: NDArray[np.int64], groups: NDArray[np.int64], folds: int, seed: int, left: int = 1
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """(rest, held out) rows of each fold: whole groups, the classes in about equal shares, every class in every rest."""
+    """(rest, held out) rows of each fold: whole groups, the classes in about equal shares, `left` groups at least of each class
+    in every rest. ValueError where that cannot be.
+    """
     from sklearn.model_selection import StratifiedGroupKFold
 
     most = min(folds, len(np.unique(groups)), int(np.bincount(labels).max()))
+    pairs = np.unique(np.stack([labels, groups], axis=1), axis=0)  # which class has photographs in which group
+
+    def left_without(held: NDArray[np.int64]) -> int:
+        rest = pairs[~np.isin(pairs[:, 1], groups[held]), 0]
+        return min(int((rest == label).sum()) for label in np.unique(labels))
+
     for attempt in range(_DRAWS):  # all groups of a rare class may fall into one fold: then the folds are drawn anew
         cut = StratifiedGroupKFold(most, shuffle=True, random_state=seed + 1000 * attempt)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a class of fewer photographs than folds is no fault
             drawn = list(cut.split(np.zeros(len(labels)), labels, groups))
-        if all(len(np.setdiff1d(labels, labels[rest])) == 0 and len(held) for rest, held in drawn):
+        if all(len(held) and left_without(held) >= left for _, held in drawn):
             return iter(drawn)
+    fewest = min(np.unique(pairs[:, 0], return_counts=True)[1])
     raise ValueError(
-        f"{len(np.unique(groups))} groups cannot be divided into {most} folds with every class in what is left: ask for "
-        "fewer folds, or add photographs of the rarest class"
+        f"{len(np.unique(groups))} groups cannot be divided into {most} folds that leave {left} of every class to learn from; "
+        f"the rarest class has {fewest}: add photographs of it" + (", or ask for more folds" if most == folds else "")
     )
 
 

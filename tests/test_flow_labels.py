@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from prefect.client.orchestration import get_client
@@ -105,6 +106,11 @@ def test_planted_wrong_labels_become_suspects_with_their_true_label_and_a_second
     assert everything(store, "labels-found") == before
 
 
+def shown_in(markdown: str) -> Image.Image:
+    [data] = re.findall(r"^!\[\]\(data:image/jpeg;base64,([A-Za-z0-9+/=]+)\)$", markdown)
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
 @needs_weights
 def test_the_page_shows_pictures_of_the_suspects_and_the_table_lists_them(store: Store, ingested: Ingest) -> None:
     files, planted = scans()
@@ -119,6 +125,15 @@ def test_the_page_shows_pictures_of_the_suspects_and_the_table_lists_them(store:
     assert "&lt;b>\\|1" in text and "<b>" not in text
     rows = json.loads(artifact("suspects-labels-page"))
     assert len({row["sha256"] for row in rows} & planted.keys()) >= 5
+    assert len(rows) > 5 and not any("<b>" in row["labelled"] for row in rows)
+    by_digest = {hashlib.sha256(data).hexdigest(): data for data in strange.values()}
+    for row in rows[:5]:
+        small = shown_in(row["photograph"])
+        truth = Image.open(io.BytesIO(by_digest[row["sha256"]])).convert("L").resize((64, 64), Image.Resampling.NEAREST)
+        apart = np.abs(np.asarray(small.convert("L"), float) - np.asarray(truth, float)).mean()
+        assert small.size == (64, 64) and apart < 12, "the photograph of another row"
+    assert all(row["photograph"] == "" for row in rows[5:])
+    assert len(artifact("suspects-labels-page")) < 300_000
 
 
 @needs_weights
@@ -206,6 +221,30 @@ def test_labels_that_cannot_be_judged_are_refused_with_a_reason(
     assert state.is_failed()
     assert re.search(message, state.message or "")
     assert everything(store, name) == {}
+
+
+def test_too_few_groups_for_nested_trainings_are_refused_before_the_first_of_them(
+    store: Store, photograph: Callable[..., bytes], ingested: Ingest
+) -> None:
+    paths = [f"a/{n}" for n in range(1, 9)] + ["b/10", "b/11"]
+    files = {f"{path}.jpg": photograph(int(path[2:])) for path in paths}
+    ingested(store, "labels-few", "b1", files, PLAIN)
+    state = run("labels-few", LabelOptions(judge="training"), config=TrainConfig(batch_size=4))
+    assert state.is_failed()
+    assert re.search(r"'b' has photographs of 2 group.*needs 3 .*set judge to pretrained", state.message or "")
+
+
+@pytest.mark.parametrize("judge", ["training", pytest.param("pretrained", marks=needs_weights)])
+def test_judging_waits_for_a_slot_of_the_training_limit(
+    store: Store, ingested: Ingest, monkeypatch: pytest.MonkeyPatch, judge: Any
+) -> None:
+    monkeypatch.setenv("TIREWATCH_TRAINING_LIMIT", "press")
+    settings.cache_clear()
+    files, _ = scans(each=20)
+    ingested(store, f"labels-slot-{judge}", "b1", files, PLAIN)
+    config = TrainConfig(architecture="mlp", pretrained=False, image_size=32, epochs=1, batch_size=8)
+    state = run(f"labels-slot-{judge}", LabelOptions(judge=judge, image_size=32, folds=2, rounds=1), config=config)
+    assert state.is_failed() and "`prefect global-concurrency-limit create press --limit 1`" in (state.message or "")
 
 
 def test_a_version_that_was_not_examined_has_no_suspects_to_speak_of(

@@ -1,6 +1,7 @@
 """Confident learning on arrays, what a person decides, and how far people agree."""
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from tasks.agreement import Votes, collected, consensus, fleiss_kappa, pair_agreements, read_votes
+from tasks.label_evidence import LabelledRows, groups_to_train, training_folds
 from tasks.label_report import page
+from tasks.label_report import table as suspects_table
 from tasks.label_review import Findings, review_document, reviewed
-from tasks.labels import by_features, folds_of, opinion, require_judgeable
+from tasks.labels import by_features, folds_of, groups_needed, opinion, require_judgeable
+from tasks.recipe import TrainConfig
 
 Labels = NDArray[np.int64]
 CLASSES = ("cut", "good", "worn")
@@ -96,6 +101,53 @@ def test_what_no_cross_validation_can_judge_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         require_judgeable(np.array(labels), np.array([0, 1, 2, 2])[: len(labels)], classes)
+
+
+@pytest.mark.parametrize(
+    ("groups", "needed", "more_splits", "remedies"),
+    [
+        (1, 2, True, "needs 2 at least, so add photographs of it, or review more splits"),
+        (1, 3, False, "needs 3 at least, so add photographs of it"),
+        (2, 3, False, "needs 3 at least, so add photographs of it, or set judge to pretrained, which needs 2"),
+    ],
+)
+def test_a_class_of_too_few_groups_is_named_with_what_helps(
+    groups: int, needed: int, more_splits: bool, remedies: str
+) -> None:
+    labels, group = np.array([0] * 9 + [1] * 4), np.array([*range(9), *(100 + n % groups for n in range(4))])
+    with pytest.raises(ValueError) as error:
+        require_judgeable(labels, group, ("good", "worn"), needed, more_splits)
+    assert str(error.value).startswith(f"class 'worn' has photographs of {groups} group(s)")
+    assert str(error.value).endswith(remedies)
+
+
+def rare(groups: int) -> LabelledRows:
+    """40 photographs of one class, and two of each group of another."""
+    labels = np.array([0] * 40 + [1] * 2 * groups)
+    of = np.concatenate([np.arange(40) // 2, 50 + np.arange(2 * groups) // 2])
+    told = ("",) * len(labels)
+    return LabelledRows(told, labels, of, told, told, ("good", "worn"))
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5, 8])
+def test_as_many_groups_as_are_asked_for_are_enough_to_train_every_fold(folds: int) -> None:
+    needed = groups_to_train(folds)
+    assert needed == (4 if folds == 2 else 3) and groups_needed(folds) == 2
+    rows, config = rare(needed), TrainConfig(batch_size=8, defect_labels=("worn",))
+    for seed in range(8):
+        found = training_folds(rows, config.model_copy(update={"seed": seed}), folds, seed)
+        assert sorted(row for fold in found for row in fold.held.tolist()) == list(range(len(rows)))
+        for fold in found:
+            assert set(rows.labels[fold.learnt]) == {0, 1} and len(fold.watched)
+            parts = [set(rows.groups[part]) for part in (fold.learnt, fold.watched, fold.held)]
+            assert sum(map(len, parts)) == len(set.union(*parts)), "no group is in two parts"
+    with pytest.raises(ValueError, match=rf"the rarest class has {needed - 1}: add photographs of it"):
+        training_folds(rare(needed - 1), config, folds, 0)
+
+
+def test_what_one_of_the_trainings_would_be_refused_for_is_said_before_the_first() -> None:
+    with pytest.raises(ValueError, match="fewer than one batch of 64"):
+        training_folds(rare(4), TrainConfig(batch_size=64), 5, 0)
 
 
 def test_probabilities_of_another_shape_are_refused() -> None:
@@ -284,6 +336,19 @@ def test_a_review_document_is_one_entry_a_line_and_an_annotation_that_corrects()
     told = json.loads(document)["annotation"]
     assert (told["corrects"], told["dataset_version"], len(told["data"])) == (True, 3, 2)
     assert sum(line.startswith(b'{"sha256"') for line in document.splitlines()) == 2
+
+
+def test_the_table_of_the_noisiest_photographs_stays_below_300_kb() -> None:
+    """Sixty thumbnails is the most there can be; noise is what JPEG can do least about."""
+    noise, files = np.random.default_rng(0), []
+    for _ in range(60):
+        out = io.BytesIO()
+        Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(out, "PNG")
+        files.append(out.getvalue())
+    row = {"rank": 1, "given": "good", "suggested": "worn", "suggested_confidence": 0.9, "split": "train"}
+    rows = suspects_table([{**row, "source_key": "incoming/tire/b/good/1.jpg", "sha256": ONE}] * 100, files)
+    assert [bool(each["photograph"]) for each in rows] == [True] * 60 + [False] * 40
+    assert len(json.dumps(rows)) < 300_000
 
 
 @pytest.mark.parametrize(("agreement", "weak"), [(0.54, True), (0.8, False)])

@@ -247,9 +247,15 @@ def test_the_page_and_the_table_are_readable_in_a_browser(
             page.screenshot(path=str(tmp_path / "labels.png"), full_page=True)
             page.goto(artifact["suspects-digits"])
             page.wait_for_selector("text=incoming/digits/scans", timeout=120_000)
+            page.wait_for_selector("td img[src^='data:image/jpeg']", timeout=120_000)
+            thumbnails = page.eval_on_selector_all(
+                "td img", "all => all.map(one => [one.naturalWidth, one.clientWidth])"
+            )
+            listed = page.locator("tbody tr").count()
             page.screenshot(path=str(tmp_path / "suspects.png"), full_page=True)
             browser.close()
     finally:
         CliRunner().invoke(app, ["down", "--state", str(state)])
+    assert listed and thumbnails == [[64, 64]] * min(listed, 12), "one in each of the first rows, at its size"
     assert len(widths) == 1 and widths[0] >= 6 * 136 - 8
     assert "labels of digits v1 are doubted" in text and "Which classes are confused" in text
