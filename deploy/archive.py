@@ -19,7 +19,6 @@ app: Final = typer.Typer(
     no_args_is_help=True, help="A version as one signed file: key, export, verify, import, activate."
 )
 
-_STATE: Final = Path(".tirewatch")
 _Trusted = Annotated[
     Path | None, typer.Option("--trusted", help="trusted.pem of who must have signed it", exists=True, dir_okay=False)
 ]
@@ -42,7 +41,7 @@ def export(
     version: Annotated[int, typer.Argument(help="A published version of it")],
     file: Annotated[Path, typer.Argument(help="The archive to write, .tar")],
     key: Annotated[Path | None, typer.Option(help="signing.pem; without it the archive is not signed")] = None,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Sealed networks, card, evidence, ledger and golden photographs of a version in one file."""
     from tasks.archive import signing_key
@@ -78,7 +77,7 @@ def import_file(
     file: Annotated[Path, typer.Argument(help="An archive", exists=True, dir_okay=False)],
     trusted: _Trusted = None,
     unsigned: _Unsigned = False,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Check an archive, publish its version beside the others and register it; nothing routes to it yet."""
     from tasks.archive import trusted_key
@@ -99,7 +98,7 @@ def activate(
     model: Annotated[str, typer.Argument(help="Public name of the model")],
     version: Annotated[int, typer.Argument(help="An imported version of it")],
     why: Annotated[str, typer.Option(help="Your reason; it stands in the ledger for ever", prompt=True)],
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Let an imported version take over here: compared on its golden photographs, switched to under a probe load."""
     from tasks.activation import activate as activated
@@ -131,7 +130,7 @@ def _require_choice(trusted: Path | None, unsigned: bool) -> None:
 
 
 @contextmanager
-def _plant(state: Path) -> "Iterator[Plant]":
+def _plant(state: Path | None) -> "Iterator[Plant]":
     with settings_of(state) as here:
         yield _plant_of(here)
 

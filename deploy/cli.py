@@ -13,8 +13,9 @@ from rich.table import Table
 
 from deploy import journal, local
 from deploy.archive import app as version_app
+from deploy.dataset import State as Addressed
 from deploy.dataset import app as dataset_app
-from deploy.dataset import upload
+from deploy.dataset import settings_of, upload
 from deploy.labels import app as labels_app
 from deploy.ledger import approve, ledger, reject, trace, who_was
 from deploy.quarantine import app as quarantine_app
@@ -155,20 +156,18 @@ def demo(
 def rollback(
     model: Annotated[str, typer.Argument(help="Public name of the model")],
     why: Annotated[str, typer.Option(help="What was wrong; it stands in the ledger for ever", prompt=True)],
-    state: State = _STATE,
+    state: Addressed = None,
 ) -> None:
     """The previous champion answers again; routing, alias, threshold and drift reference come back together."""
+    from tasks.rollback import NothingToRollBack, roll_back
+    from tasks.routing import RoutingChanged
+
     started = time.monotonic()
     try:
-        os.environ.update(read_stack(state).environment())
-        from flows.settings import Settings
-        from tasks.rollback import NothingToRollBack, roll_back
-        from tasks.routing import RoutingChanged
-
-        here = Settings()
-        who = f"user/{getpass.getuser()}"
-        done = roll_back(here.serving_root, here.triton, here.store, here.mlflow_tracking_uri, model, who, why)
-    except (StackError, NothingToRollBack, RoutingChanged) as error:
+        with settings_of(state) as here:
+            who = f"user/{getpass.getuser()}"
+            done = roll_back(here.serving_root, here.triton, here.store, here.mlflow_tracking_uri, model, who, why)
+    except (NothingToRollBack, RoutingChanged) as error:
         fail(error)
     took = time.monotonic() - started
     console.print(f"{model} v{done.version} answers again instead of v{done.withdrawn} ({took:.1f} s)", highlight=False)

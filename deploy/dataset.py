@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.stack import StackError, read_stack
+from deploy.stack import ADDRESSES, StackError, read_stack
 
 if TYPE_CHECKING:
     from flows.settings import Settings
@@ -25,32 +25,48 @@ if TYPE_CHECKING:
 app: Final = typer.Typer(no_args_is_help=True, help="Versions of datasets: list, show, diff, export, prune.")
 console: Final = Console()
 
-State = Annotated[Path, typer.Option(help="State folder of the stack")]
+State = Annotated[
+    Path | None,
+    typer.Option(help="State folder of a stack; without it, what TIREWATCH_* address, else the stack in .tirewatch"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts")]
 _STATE: Final = Path(".tirewatch")
 _REFERENCE: Final = re.compile(r"([a-z0-9][a-z0-9_-]{0,62})(?:@v?(\d{1,9}))?")
 
 
 @contextmanager
-def settings_of(state: Path) -> "Iterator[Settings]":
-    """The settings of the running stack; what people can mend ends in one sentence and exit code 1."""
+def settings_of(state: Path | None) -> "Iterator[Settings]":
+    """The settings of the system that a command is for: of the stack that was named, else of what the environment addresses,
+    else of the stack in this folder. What people can mend ends in one sentence and exit code 1.
+    """
     from tasks.retention import ReferencesUnknown
 
+    of_environment = state is None and any(os.environ.get(name) for name in ADDRESSES)
     try:
-        os.environ.update(read_stack(state).environment())
+        if not of_environment:
+            os.environ.update(read_stack(state or _STATE).environment())
         from flows.settings import Settings
 
-        yield Settings()
+        here = Settings()
+        if state is None:  # else it has just been named
+            where = "the environment" if of_environment else f"the stack {_STATE}"
+            typer.echo(f"{where}: {_address(here)}", err=True)
+        yield here
     except (StackError, LookupError, ValueError, FileExistsError, ReferencesUnknown) as error:
         Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def _address(here: "Settings") -> str:
+    bucket = here.store.uri("") + (f" at {here.s3_endpoint_url}" if here.s3_endpoint_url else "")
+    return f"{bucket}, MLflow {here.mlflow_tracking_uri}, Triton {here.triton_http}"
 
 
 @app.command("list")
 def list_versions(
     name: Annotated[str | None, typer.Argument(help="A dataset; without it, all of them")] = None,
     as_json: AsJson = False,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Datasets, or the versions of one."""
     from tasks.dataset import dataset_names, read_records
@@ -79,7 +95,7 @@ def list_versions(
 def show(
     reference: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Without a version, the newest")],
     as_json: AsJson = False,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """What one version holds: classes, splits, formats, sizes and statistics of its photographs."""
     from tasks.dataset import summary_of
@@ -117,7 +133,7 @@ def diff(
     second: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="Without a version, the newest")],
     limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="How many of each kind are listed")] = 20,
     as_json: AsJson = False,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """What was added, removed and relabelled from one version to another; with --json all of it."""
     from tasks.dataset_compare import difference
@@ -150,7 +166,7 @@ def export(
         list[str] | None, typer.Option(help="train, val or test; may be repeated; without it, all")
     ] = None,
     split_folders: Annotated[bool, typer.Option(help="Class folders below train/, val/ and test/")] = True,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """The photographs in class folders, with an annotations.json that ingests again to the same rows."""
     from tasks.dataset_export import export as write_folder
@@ -174,7 +190,7 @@ def prune(
     min_age: Annotated[float, typer.Option(min=0, help="Days that a version must be old")] = 30,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be retired, change nothing")] = False,
     as_json: AsJson = False,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Retire old versions that no registered model and no training run refers to; their records stay."""
     from tasks.dataset import read_records
@@ -203,7 +219,7 @@ def upload(
     ],
     dataset: Annotated[str, typer.Option(help="Name of the dataset")],
     batch: Annotated[str | None, typer.Option(help="Name of the batch; without it, that of the folder")] = None,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Upload photographs as a sealed batch: its event starts ingest."""
     from tasks.importers import recognised

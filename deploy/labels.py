@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from deploy.dataset import add_row, say, settings_of, table_of
+from deploy.dataset import State, add_row, say, settings_of, table_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 app: Final = typer.Typer(no_args_is_help=True, help="Doubted labels: show, review, submit; agreement of annotators.")
 
-State = Annotated[Path, typer.Option(help="State folder of the stack")]
 Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Without a version, the newest")]
-_STATE: Final = Path(".tirewatch")
 _REFERENCE: Final = re.compile(r"([a-z0-9][a-z0-9_-]{0,62})(?:@v?(\d{1,9}))?")
 _SHEET: Final = 8_000_000  # bytes of a sheet in a folder
 _PLAIN: Final = re.compile(r"[^\w-]+")
@@ -33,7 +31,7 @@ _PLAIN: Final = re.compile(r"[^\w-]+")
 def show(
     reference: Reference,
     limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="How many suspects are listed")] = 20,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """What the newest run of `labels/<recipe>` found about a dataset version."""
     from tasks.label_report import headline
@@ -58,7 +56,7 @@ def review(
     reference: Reference,
     folder: Annotated[Path, typer.Argument(help="A folder that is new or empty")],
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=2000, help="Suspects in the folder, at most")] = 100,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """The most doubtful photographs, a sheet of them and the file to edit, for the person who decides."""
     from tasks.label_evidence import photographs_of
@@ -86,7 +84,7 @@ def submit(
     folder: Annotated[Path, typer.Argument(help="The folder of `review`, or the edited annotations.json itself")],
     dataset: Annotated[str, typer.Argument(help="Name of the dataset")],
     batch: Annotated[str | None, typer.Option(help="Name of the batch; without it, one made of the decisions")] = None,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Send the decisions: corrections as a batch that ingest makes a version of, confirmations as what is not asked again."""
     from tasks.batch import ANNOTATIONS
@@ -119,7 +117,7 @@ def agreement(
     corrections: Annotated[
         Path | None, typer.Option(help="With --dataset: write the labels that the consensus changes to this new file")
     ] = None,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """How far annotators agree, whom to trust, and what their votes add up to."""
     from tasks.agreement import consensus, fleiss_kappa, pair_agreements, read_votes

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from tasks.ledger import Entry
     from tasks.trace import Trace
 
-_STATE: Final = Path(".tirewatch")
 _Model = Annotated[str, typer.Argument(help="Public name of the model")]
 _Waiting = Annotated[int, typer.Argument(help="Version that waits for approval")]
 _Why = Annotated[str, typer.Option(help="Your reason; it stands in the ledger for ever", prompt=True)]
 _Who = Annotated[str, typer.Option(help="Your name, as the recipe knows it; without it, that of this account")]
 
 
-def ledger(model: _Model, as_json: AsJson = False, state: State = _STATE) -> None:
+def ledger(model: _Model, as_json: AsJson = False, state: State = None) -> None:
     """Who was champion, since when, why and by whom; exit code 1 when the history does not join."""
     from tasks.ledger import breaks, read_ledger
 
@@ -50,7 +49,7 @@ def who_was(
         str, typer.Option(help="Moment, such as 2026-03-01T14:30 or 2026-03-01; UTC unless it says otherwise")
     ],
     as_json: AsJson = False,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Which version answered at a moment, from when to when, and why it was allowed to."""
     from tasks.ledger import champion_at, read_ledger
@@ -102,7 +101,7 @@ def trace(
     model: Annotated[str, typer.Option(help="Public name of the model; without it, all of them are searched")] = "",
     on: Annotated[str, typer.Option(help="Day of the request (UTC), such as 2026-03-01: quicker than all days")] = "",
     as_json: AsJson = False,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """What is behind one answer: photograph, version, threshold, data, run, commit; and its score, computed again."""
     from tasks.trace import captured_models, find_captured
@@ -173,7 +172,7 @@ def approve(
     version: _Waiting,
     why: _Why,
     who: _Who = "",
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Let a proven version take over."""
     _decide(model, version, "approve", why, who, state)
@@ -184,13 +183,13 @@ def reject(
     version: _Waiting,
     why: _Why,
     who: _Who = "",
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Refuse a proven version; the champion goes on answering."""
     _decide(model, version, "reject", why, who, state)
 
 
-def _decide(model: str, version: int, decision: str, why: str, who: str, state: Path) -> None:
+def _decide(model: str, version: int, decision: str, why: str, who: str, state: Path | None) -> None:
     from tasks.approval import answer, open_requests
 
     with settings_of(state) as here:

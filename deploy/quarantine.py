@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 app: Final = typer.Typer(no_args_is_help=True, help="Files that ingest set aside: list, show, resubmit, dismiss.")
 
-_STATE: Final = Path(".tirewatch")
 _Dataset = Annotated[str, typer.Argument(help="A dataset")]
 _Batch = Annotated[str, typer.Argument(help="A batch of it, as in incoming/<dataset>/<batch>/")]
 _Names = Annotated[
@@ -36,7 +34,7 @@ def list_files(
     reason: _Reason = None,
     every: Annotated[bool, typer.Option("--all", help="Also files that the dataset holds by now")] = False,
     as_json: AsJson = False,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Files that wait for somebody to look at them."""
     from tasks.quarantine import quarantined
@@ -66,7 +64,7 @@ def show(
     batch: _Batch,
     name: Annotated[str, typer.Argument(help="The file, by its path below the batch")],
     as_json: AsJson = False,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Everything known about one file, and what can be done."""
     from tasks.checks import RULES
@@ -102,7 +100,7 @@ def resubmit(
     again: Annotated[bool, typer.Option("--again", help="Also what was sent before and has not arrived")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, change nothing")] = False,
     as_json: AsJson = False,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Send quarantined files again, as a new batch; the copy is made within S3, and its event starts ingest."""
     from tasks.resubmission import Wish
@@ -138,7 +136,7 @@ def dismiss(
     batch: _Batch,
     name: _Names = None,
     reason: _Reason = None,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Take files off the list: somebody has looked, and they are not wanted. The files stay where they are."""
     from tasks.quarantine import dismiss as drop

@@ -1,7 +1,6 @@
 """`tirewatch restore`: what a server served, again, from S3; for a lost disk or a new machine."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,14 +9,12 @@ from deploy.dataset import State, say, settings_of
 if TYPE_CHECKING:
     from tasks.restore import Restored
 
-_STATE: Final = Path(".tirewatch")
-
 
 def restore(
     models: Annotated[
         list[str] | None, typer.Argument(help="Public names of models; without one, all that have a ledger")
     ] = None,
-    state: State = _STATE,
+    state: State = None,
 ) -> None:
     """Champion and previous version of every model on this server again, from S3; nothing is done where they are."""
     from tasks.model_repository import FrontDoor, Runtime

@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shlex
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,12 @@ _S3_INTERNAL: Final = (
     *("s3_filer", "s3_filer_grpc", "s3_iceberg", "s3_lance", "s3_admin"),
 )
 _INTERNAL: Final = (*_S3_INTERNAL, *(f"worker_{pool}" for pool in POOLS))
+
+# Where the parts of a line are. Whoever sets one of them in the environment means that line, and no stack in some folder.
+ADDRESSES: Final = tuple(
+    f"TIREWATCH_{name}"
+    for name in ("S3_BUCKET", "S3_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "SERVING_ROOT", "TRITON_HTTP", "TRITON_GRPC")
+)
 
 # Every process of a stack carries these two from the moment it is started, and hands them to its children.
 STACK_MARK: Final = "TIREWATCH_STACK"
@@ -179,8 +186,24 @@ def create_stack(state: Path) -> Stack:
 def save_stack(stack: Stack) -> None:
     described = {"version": STATE_VERSION, "id": stack.id, "ports": dict(stack.ports)}
     write_private(stack.state / "stack.json", json.dumps(described, indent=2))
-    exports = (f"export {name}={shlex.quote(value)}" for name, value in sorted(stack.environment().items()))
-    write_private(stack.state / "env", "\n".join(exports) + "\n")
+    write_private(stack.state / "env", _shell_lines(stack))
+
+
+def _shell_lines(stack: Stack) -> str:
+    """What a person's shell sources: the environment, the commands of this installation, and the stack's S3 for every AWS tool,
+    so that `aws s3 cp` cannot reach the account that the shell was set up for.
+    """
+    env = stack.environment()
+    aws = {
+        "AWS_ACCESS_KEY_ID": env["TIREWATCH_S3_ACCESS_KEY_ID"],
+        "AWS_SECRET_ACCESS_KEY": env["TIREWATCH_S3_SECRET_ACCESS_KEY"],
+        "AWS_ENDPOINT_URL_S3": env["TIREWATCH_S3_ENDPOINT_URL"],
+        "AWS_DEFAULT_REGION": env["TIREWATCH_S3_REGION"],
+        "AWS_REGION": env["TIREWATCH_S3_REGION"],
+    }
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted({**env, **aws}.items())]
+    commands = shlex.quote(str(Path(sys.executable).parent))
+    return "\n".join(["unset AWS_PROFILE AWS_SESSION_TOKEN", *lines, f'export PATH={commands}:"$PATH"']) + "\n"
 
 
 def choose_ports() -> dict[str, int]:

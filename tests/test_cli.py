@@ -2,16 +2,19 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer import Typer
 from typer.testing import CliRunner, Result
 
-from deploy import journal
+from deploy import dataset, journal
 from deploy.cli import app
 from deploy.processes import processes_of
-from deploy.stack import read_stack
+from deploy.stack import Stack, create_stack, read_stack
 
 OTHERS = ("s3", "prefect", "mlflow", "triton", "worker-cpu", "worker-gpu", "watchdog")
 
@@ -110,3 +113,67 @@ def test_down_leaves_no_process_and_can_be_said_twice(state: Path) -> None:
     assert run("down", "--state", str(state)).output == "down\n"
     assert processes_of(stack.id) == []
     assert run("down", "--state", str(state)).exit_code == 0
+
+
+@pytest.fixture
+def demo_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    """A folder with the stack of an old demo in it, and nothing exported."""
+    stack = create_stack(tmp_path / ".tirewatch")
+    for name in stack.environment():
+        monkeypatch.setenv(name, "")  # so that it is put back, whatever the command sets
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return stack
+
+
+PRODUCTION = {"TIREWATCH_S3_BUCKET": "photographs", "TIREWATCH_MLFLOW_TRACKING_URI": "http://mlflow.plant"}
+
+
+@pytest.mark.parametrize(
+    ("exported", "given", "bucket", "told"),
+    [
+        (PRODUCTION, [], "photographs", "the environment: s3://photographs/, MLflow http://mlflow.plant, Triton "),
+        ({"TIREWATCH_CAPTURE_SHARE": "0.5"}, [], "tirewatch", "the stack .tirewatch: s3://tirewatch/ at http://127"),
+        ({}, [], "tirewatch", "the stack .tirewatch: s3://tirewatch/ at http://127.0.0.1:"),
+        (PRODUCTION, ["--state", ".tirewatch"], "tirewatch", ""),
+    ],
+    ids=["addresses are exported", "a setting that is no address", "nothing is exported", "--state"],
+)
+def test_a_command_is_for_what_the_environment_addresses_unless_a_stack_is_named(
+    demo_here: Stack,
+    monkeypatch: pytest.MonkeyPatch,
+    exported: dict[str, str],
+    given: list[str],
+    bucket: str,
+    told: str,
+) -> None:
+    for name, value in exported.items():
+        monkeypatch.setenv(name, value)
+    command = Typer()
+
+    @command.command()
+    def where(state: dataset.State = None) -> None:
+        with dataset.settings_of(state) as here:
+            print(here.s3_bucket)
+
+    result = CliRunner().invoke(command, given)
+    assert (result.exit_code, result.stdout) == (0, f"{bucket}\n"), result.output
+    assert result.stderr.startswith(told) and result.stderr.count("\n") == bool(told)
+
+
+def test_a_shell_that_sources_the_stack_reaches_it_with_aws_tools_too_and_finds_the_commands(demo_here: Stack) -> None:
+    """Else `aws s3 cp` of a shell that is set up for an account would upload the photographs there."""
+    account = {"AWS_PROFILE": "company", "AWS_SESSION_TOKEN": "token", "AWS_ACCESS_KEY_ID": "AKIACOMPANY"}
+    asked = (
+        "import boto3; s3 = boto3.client('s3'); print(s3.meta.endpoint_url, s3._request_signer._credentials.access_key)"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'source .tirewatch/env && command -v tirewatch python && python -c "{asked}"'],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(Path.cwd()), **account},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here = Path(sys.executable).parent
+    reached = f"http://127.0.0.1:{demo_here.ports['s3']} {demo_here.secrets['s3_access_key_id']}"
+    assert done.stdout.splitlines() == [f"{here}/tirewatch", f"{here}/python", reached]
