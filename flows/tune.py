@@ -161,11 +161,11 @@ def run_trials(
     """The trials, in processes of their own, until the budget is used up; why they ended. It holds a training slot."""
     from tasks.limits import training_slot
     from tasks.search_processes import Job, run_search
-    from tasks.search_space import budget_of, combinations
+    from tasks.search_space import left_out
     from tasks.tuning import open_storage, open_study
 
-    if search.sampler == "grid" and budget_of(search) != (every := combinations(search)):
-        log.warning("%d of %d combinations: leave trials empty for all of them", budget_of(search), every)
+    if partly := left_out(search):
+        log.warning(partly)
     storage, uri = here.search_storage.get_secret_value(), here.mlflow_tracking_uri
     job = Job(storage, study, run_id, uri, here.store, here.cache, version.name, version.version, config, search)
 

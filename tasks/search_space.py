@@ -162,6 +162,13 @@ def budget_of(search: Search) -> int | None:
     return search.trials or (None if search.minutes else _USUAL)
 
 
+def left_out(search: Search) -> str:
+    """What a budget leaves of a grid, to be told before any work; empty where nothing is left out."""
+    if search.sampler != "grid" or budget_of(search) == (every := combinations(search)):
+        return ""
+    return f"the grid is tried in part, {search.trials} of {every} combinations: leave trials empty for all of them"
+
+
 def combinations(search: Search) -> int:
     """How many the grid of the space has. ValueError for a range without steps, and for too many."""
     count = math.prod(len(_steps(name, dimension)) for name, dimension in search.space.items())

@@ -13,7 +13,7 @@ from tasks.registry import TrainedModel
 from tasks.sample_cache import Cache
 from tasks.search_processes import Job, run_search
 from tasks.search_report import page
-from tasks.search_space import Range, Search, Values, budget_of, check_space, grid, with_overrides
+from tasks.search_space import Range, Search, Values, budget_of, check_space, grid, left_out, with_overrides
 from tasks.storage import Store
 from tasks.tuning import (
     ATTEMPTS,
@@ -111,8 +111,9 @@ def run_all(study: Any, search: Search) -> list[int]:
 
 def test_a_grid_without_a_budget_is_tried_whole_and_others_twenty_times_or_by_the_clock() -> None:
     assert [budget_of(Search(space=CUBE, sampler=sampler)) for sampler in ("grid", "random", "tpe")] == [27, 20, 20]  # type: ignore[arg-type]
-    assert budget_of(Search(space=CUBE, sampler="grid", trials=20)) == 20
-    assert budget_of(Search(space=CUBE, sampler="grid", trials=99)) == 27
+    part, whole = (Search(space=CUBE, sampler="grid", trials=trials) for trials in (20, 99))
+    assert (budget_of(part), budget_of(whole)) == (20, 27)
+    assert "20 of 27 combinations: leave trials empty" in left_out(part) and left_out(whole) == ""
     assert budget_of(Search(space=CUBE, minutes=5)) is None and budget_of(Search(space=CUBE, minutes=5, trials=7)) == 7
 
 
