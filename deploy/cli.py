@@ -1,5 +1,6 @@
 """`tirewatch`: the embedded stack and the demo, from the command line."""
 
+import asyncio
 import getpass
 import os
 import time
@@ -7,6 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Annotated, Final, NoReturn
 
+import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -150,6 +152,23 @@ def demo(
     from deploy.demo import run_demo
 
     raise typer.Exit(run_demo(state, data, [name for name in defect.split(",") if name], stop))
+
+
+@app.command()
+def register() -> None:
+    """Make work pools, limits and the automation for killed runs on the Prefect server that PREFECT_API_URL names."""
+    from prefect.settings import PREFECT_API_URL
+
+    from deploy.register import register_line
+
+    address = PREFECT_API_URL.value()
+    if not address:
+        fail(StackError("no Prefect server is named: export PREFECT_API_URL=http://<server>:4200/api"))
+    try:
+        told = asyncio.run(register_line())
+    except (OSError, httpx.HTTPError, RuntimeError) as error:
+        fail(StackError(f"the Prefect server at {address} did not take it: {type(error).__name__} {error}"))
+    typer.echo("\n".join([*told, f"now {address} takes `prefect deploy --all`"]))
 
 
 @app.command()

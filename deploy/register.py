@@ -1,7 +1,7 @@
-"""What a stack registers with its Prefect server: work pools, the GPU limit, the automation for runs whose process died,
-the blocks of the embedded store, and the deployments of prefect.yaml. Everything by name, so running it twice is harmless.
+"""What a line needs on its Prefect server: work pools, the GPU limit, the automation for runs whose process died; on that of a
+stack also the blocks of the embedded store and the deployments of prefect.yaml. By name, so running it twice is harmless.
 
-`python -m deploy.register <state>` is run by `up`; it waits for the server.
+`python -m deploy.register <state>` is run by `up`; it waits for the server. `tirewatch register` is for any other server.
 """
 
 import asyncio
@@ -22,9 +22,36 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
 LIMITS: Final = {"gpu": 1}  # runs of one work pool at a time
-HEARTBEATS_MISSED: Final = 180  # seconds; a heartbeat comes every 30 s (deploy/stack.py)
+HEARTBEATS_MISSED: Final = 180  # seconds; a heartbeat comes every 30 s (prefect.yaml)
 STARTING: Final = 60.0  # seconds from the moment a worker takes a run to that run's process, at most
 ZOMBIES: Final = "crash runs whose process died"
+
+
+async def register_line() -> list[str]:
+    """Pools, limits and the automation on the Prefect server that is configured; what was made and what was there. A pool or a
+    limit that exists keeps its settings: it may be of another type, or for more GPUs.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+
+    told = []
+    async with get_client() as client:
+        for pool in POOLS:
+            try:
+                limit = LIMITS.get(pool)
+                await client.create_work_pool(WorkPoolCreate(name=pool, type="process", concurrency_limit=limit))
+                told.append(f"work pool {pool}: made")
+            except ObjectAlreadyExists:
+                told.append(f"work pool {pool}: is there, left as it is")
+        for name, limit in LIMITS.items():
+            try:
+                await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
+                told.append(f"limit {name}: made, {limit} at a time")
+            except ObjectAlreadyExists:
+                told.append(f"limit {name}: is there, left as it is")
+        await register_automations(client)
+    return [*told, f"automation `{ZOMBIES}`: after {HEARTBEATS_MISSED} s without a heartbeat"]
 
 
 async def register_pools(client: "PrefectClient") -> None:

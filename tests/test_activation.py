@@ -3,13 +3,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from deploy import dataset as commands
 from deploy.cli import app
 from tasks import activation, storage
 from tasks.activation import activate
@@ -139,7 +137,6 @@ def test_on_the_command_line_it_says_what_answers_and_a_refusal_is_one_sentence(
     }
     for name, value in found.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(commands, "read_stack", lambda state: SimpleNamespace(environment=lambda: found))
     said = CliRunner().invoke(app, ["version", "activate", MODEL, "3", "--why", "the line was told"])
     assert said.exit_code == 0, said.output
     assert "sent v3 answers instead of v2; 0 failed, " in said.output

@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from types import SimpleNamespace
 
 import pytest
 from prefect import flow
@@ -33,14 +32,13 @@ MODEL = "traced"
 
 @pytest.fixture
 def run(store, triton, prefect_server, monkeypatch):
-    """`run("ledger", "tire")`. What stands in for a stack's folder is only its addresses: the services are real."""
+    """`run("ledger", "tire")`, in a shell that addresses the line."""
     found = {
         f"TIREWATCH_S3_{name.upper()}": getattr(store, name) for name in ("bucket", "endpoint_url", "access_key_id")
     }
     found |= {"TIREWATCH_S3_SECRET_ACCESS_KEY": store.secret_access_key, "TIREWATCH_SERVING_ROOT": str(triton.root)}
     for name, value in found.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(commands, "read_stack", lambda state: SimpleNamespace(environment=lambda: found))
     monkeypatch.setattr(commands.console, "width", 400)
     return lambda *arguments: CliRunner().invoke(app, arguments)
 
@@ -67,13 +65,13 @@ def history(store):
 def test_the_ledger_lists_who_was_champion_since_when_and_why(run, history):
     result = run("ledger", history)
     assert result.exit_code == 0
-    assert [line.split()[:4] for line in result.output.splitlines()[1:]] == [
+    assert [line.split()[:4] for line in result.stdout.splitlines()[1:]] == [
         ["2026-03-01T12:00:00", "1", "-", "promoted"],
         ["2026-03-10T12:00:00", "2", "1", "promoted"],
         ["2026-03-11T12:00:00", "1", "2", "rolled-back"],
     ]
     assert "it missed cuts" in result.output
-    assert [entry["version"] for entry in json.loads(run("ledger", history, "--json").output)] == [1, 2, 1]
+    assert [entry["version"] for entry in json.loads(run("ledger", history, "--json").stdout)] == [1, 2, 1]
 
 
 def test_a_history_that_does_not_join_is_an_error(run, store, history):
@@ -97,7 +95,7 @@ def test_who_answered_at_a_moment_is_told_with_the_evidence(run, history, at, to
     result = run("who-was", history, "--at", at)
     assert result.exit_code == 0 and f"{history} {told}" in result.output
     assert "escape rate 0 of 60 at most 0.05" in words(result) and "served_accuracy 0.9375" in result.output
-    assert json.loads(run("who-was", history, "--at", at, "--json").output)["version"] == int(told[1])
+    assert json.loads(run("who-was", history, "--at", at, "--json").stdout)["version"] == int(told[1])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +151,7 @@ def test_a_request_is_traced_to_its_photograph_version_data_and_commit_and_its_s
 
     result = run("trace", name, "--json")
     assert result.exit_code == 0, result.output
-    told, sealed = json.loads(result.output), describe(MODEL, 1)
+    told, sealed = json.loads(result.stdout), describe(MODEL, 1)
     assert told["image_sha256"] == hashlib.sha256(photograph(seed)).hexdigest() and where in told["where"]
     assert (told["version"], told["tire_id"]) == (1, "T-1")
     origin = told["origin"]
@@ -172,7 +170,7 @@ def test_a_version_that_left_the_disk_is_traced_with_the_sealed_network_that_s3_
     upload_version(store, directory)
     away = directory.rename(triton.root / "away")
     try:
-        told = json.loads(run("trace", "archived", "--json").output)
+        told = json.loads(run("trace", "archived", "--json").stdout)
     finally:
         away.rename(directory)
     assert told["reproduced"]["equal"] and told["reproduced"]["by"] == f"the sealed network {MODEL}_onnx_32/1"

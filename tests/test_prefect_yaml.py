@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from deploy.recipes import flow_of, for_recipe, read_prefect_yaml
+from deploy.register import HEARTBEATS_MISSED
 
 FILE = Path(__file__).parents[1] / "prefect.yaml"
 PARSED = read_prefect_yaml(FILE)
@@ -134,6 +135,13 @@ def test_a_deployment_runs_one_at_a_time_in_the_right_pool(deployment: dict[str,
     assert deployment["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
     assert deployment["enforce_parameter_schema"] is True
     assert deployment["name"] in deployment["tags"]
+
+
+def test_every_run_sends_heartbeats_whatever_its_worker_was_started_with() -> None:
+    """Without them nobody notices that its process was killed, and it holds its claims for ever."""
+    for deployment in EVERY:
+        every = float(deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        assert 3 * every <= HEARTBEATS_MISSED, name_of(deployment)
 
 
 def test_drift_has_a_schedule_that_waits_to_be_switched_on() -> None:

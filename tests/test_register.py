@@ -5,13 +5,22 @@ import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
 from prefect.states import Running
+from typer.testing import CliRunner
 
+from deploy.cli import app
 from deploy.processes import FLOW_RUN_MARK, flow_runs_of
-from deploy.register import crash_orphans
+from deploy.register import ZOMBIES, crash_orphans
+from deploy.services import free_ports, prefect
 from deploy.stack import POOLS, STACK_MARK
 
 
@@ -43,3 +52,50 @@ def test_the_processes_of_a_stack_say_which_runs_they_are():
             assert flow_runs_of(str(uuid.uuid4())) == set()
         finally:
             process.kill()
+
+
+def test_any_prefect_server_gets_pools_limits_and_the_automation_and_keeps_what_it_has(prefect_server):
+    async def server() -> tuple[dict[str, int | None], list[str]]:
+        async with get_client() as client:
+            pools = {pool.name: pool.concurrency_limit for pool in await client.read_work_pools() if pool.name in POOLS}
+            return pools, [each.name for each in await client.read_automations_by_name(ZOMBIES)]
+
+    async def clear(pools: Sequence[str]) -> None:
+        async with get_client() as client:
+            for pool in pools:
+                with suppress(ObjectNotFound):
+                    await client.delete_work_pool(pool)
+            for automation in await client.read_automations_by_name(ZOMBIES):
+                await client.delete_automation(automation.id)
+
+    async def two_gpus() -> None:
+        async with get_client() as client:
+            await client.update_work_pool("gpu", WorkPoolUpdate(concurrency_limit=2))
+
+    asyncio.run(clear(POOLS))
+    try:
+        first = CliRunner().invoke(app, ["register"])
+        assert first.exit_code == 0 and "work pool gpu: made" in first.stdout, first.output
+        assert asyncio.run(server()) == ({"cpu": None, "gpu": 1}, [ZOMBIES])
+        asyncio.run(two_gpus())
+        again = CliRunner().invoke(app, ["register"])
+        assert again.exit_code == 0 and "work pool gpu: is there, left as it is" in again.stdout
+        assert asyncio.run(server()) == ({"cpu": None, "gpu": 2}, [ZOMBIES])
+    finally:
+        asyncio.run(clear(POOLS))
+
+
+def test_a_prefect_server_that_does_not_answer_is_named(prefect_server):
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}/api"
+    with temporary_settings({PREFECT_API_URL: nobody}):
+        result = CliRunner().invoke(app, ["register"])
+    assert result.exit_code == 1 and f"the Prefect server at {nobody} did not take it" in result.stderr
+
+
+VACUUM = "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED"
+
+
+def test_the_embedded_server_forgets_runs_that_ended_long_ago(tmp_path):
+    settings = ServerServicesDBVacuumSettings(enabled=prefect(tmp_path, 4200).env[VACUUM])
+    assert settings.enabled_vacuum_types == {"events", "flow_runs", "orphans"}
+    assert settings.retention_period == timedelta(days=90)

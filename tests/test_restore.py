@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,13 +283,11 @@ def test_the_command_restores_what_it_can_says_what_it_cannot_and_then_changes_n
     found = {f"TIREWATCH_{name}": value for name, value in stack.items()}
     for name, value in found.items():
         monkeypatch.setenv(name, value)
-    # What stands in for a stack's folder is only its addresses: the services are real.
-    monkeypatch.setattr(commands, "read_stack", lambda state: SimpleNamespace(environment=lambda: found))
     monkeypatch.setattr(commands.console, "width", 400)
 
     def run(*models):
         result = CliRunner().invoke(app, ["restore", *models])
-        return result.exit_code, result.output.splitlines()
+        return result.exit_code, result.stdout.splitlines()
 
     assert run() == (
         1,
