@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -21,24 +22,26 @@ from prefect.context import TaskRunContext
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.approval import approved
 from flows.delivery import check_delivery, deliver
 from flows.settings import Settings, settings
+from flows.switch import announce, conclude, keep_copy, settle_switches, switch
 from tasks.approval import Approval
 from tasks.delivery import Delivery
 from tasks.engine_stage import engine_gates
 from tasks.events import emit
 from tasks.export import Export
-from tasks.gates import Decision, Gate, Limits, as_markdown, decide_promotion, list_of
+from tasks.gates import Decision, Gate, Limits, as_markdown, decide_promotion
 from tasks.routing import read_routing
 from tasks.storage import NETWORK_RETRY
 
 if TYPE_CHECKING:
-    from tasks.approval import Answer, Request
     from tasks.claims import Subject
+    from tasks.ledger import Entry
     from tasks.proof import Proof
     from tasks.registry import ModelCard, TrainedModel
-    from tasks.swap import Swap
-    from tasks.transaction import Intention, Place
+    from tasks.routing import RoutingTable
+    from tasks.transaction import Intention
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -73,11 +76,12 @@ def promote(
         return Completed(name="Unchanged", message=why)
     settle_switches(here, model)
     table = read_routing(here.serving_root, model)
-    if table and table.champion.version == candidate.version:
-        decided(here, candidate, "promoted")
-        return Completed(name="Unchanged", message=f"{model} v{candidate.version} is the champion already")
+    if done := promoted_before(here, candidate, table, occasion):
+        return done
     staged = kept(export, approval)(here, candidate, card, artifact)
-    proof = kept(prove, approval)(here, candidate, card, staged, limits)
+    if is_lost := not staged.exists():  # while a person decided; what is made anew is proven anew
+        staged = export(here, candidate, card, artifact)
+    proof = (prove if is_lost else kept(prove, approval))(here, candidate, card, staged, limits)
     decision = Decision((*decide_promotion(proof.evidence, limits).gates, *engine_gates(staged, artifact)))
     kept(record, approval)(here, candidate, decision, proof.figures)
     if approval and decision.promote:
@@ -88,15 +92,18 @@ def promote(
         record(here, candidate, decision, proof.figures)
     if not decision.promote:
         discard(staged)
-        return refused(here, candidate, decision)
+        return refused(here, candidate, decision.reasons)
     keep_copy(here, staged, proof)
     intention = announce(here, candidate, decision, proof.figures)
+    if intention.previous != proof.against:
+        discard(staged)
+        return outdated(here, candidate, decision, proof, intention)
     swap = switch(here, staged, proof, limits, intention)
     decision = Decision((*decision.gates, *swap.gates))
     record(here, candidate, decision, {**proof.figures, **swap.figures})
     conclude(here, intention, swap)
     if swap.undone:
-        return refused(here, candidate, decision)
+        return refused(here, candidate, decision.reasons)
     decided(here, candidate, "promoted")
     return Completed(
         name="Promoted", message=f"{model} v{candidate.version} answers; before it: {swap.previous or 'nothing'}"
@@ -151,6 +158,45 @@ def decided(here: Settings, candidate: "TrainedModel", outcome: str, reasons: Se
     write_verdict(here.store, subject_of(candidate), Verdict(outcome, this_run(), figures={"reasons": list(reasons)}))
 
 
+def promoted_before(
+    here: Settings, candidate: "TrainedModel", table: "RoutingTable | None", occasion: str | None
+) -> State[Any] | None:
+    """The end of a run whose candidate is champion already, or was it once and comes again by an event; None: it is proven."""
+    if table and table.champion.version == candidate.version:
+        decided(here, candidate, "promoted")
+        return Completed(name="Unchanged", message=f"{candidate.name} v{candidate.version} is the champion already")
+    if occasion and (ended := former_reign(here, candidate)):
+        return not_again(here, candidate, *ended)
+    return None
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def former_reign(here: Settings, candidate: "TrainedModel") -> "tuple[Entry, Entry] | None":
+    """With which entries of the ledger the version became champion since it was registered, and was replaced."""
+    from tasks.ledger import ended_reign, read_ledger
+    from tasks.registry import client_of
+
+    found = client_of(here.mlflow_tracking_uri).get_model_version(candidate.name, str(candidate.version))
+    since = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
+    return ended_reign(read_ledger(here.store, candidate.name), candidate.version, since)
+
+
+def not_again(here: Settings, candidate: "TrainedModel", began: "Entry", ended: "Entry") -> State[Any]:
+    """The verdict of a run that died after its switch. Whoever withdrew the version since then meant it."""
+    from tasks.transaction import UNDONE
+
+    if ended.action == UNDONE:
+        return refused(here, candidate, [ended.why])
+    decided(here, candidate, "promoted")
+    told = (
+        f"champion from {began.at} until {ended.at}: {ended.action} to v{ended.version} by {ended.who}, {ended.why!r}"
+    )
+    return Completed(
+        name="Unchanged",
+        message=f"{candidate.name} v{candidate.version} was {told}; to promote it again, start this deployment by hand",
+    )
+
+
 @task(cache_policy=NO_CACHE)
 def export(here: Settings, candidate: "TrainedModel", card: "ModelCard", artifact: Export) -> Path:
     """The candidate as a sealed directory in staging: ONNX network and `version.json`. Nothing serves it yet."""
@@ -162,18 +208,21 @@ def export(here: Settings, candidate: "TrainedModel", card: "ModelCard", artifac
     from tasks.model_repository import stage_version
     from tasks.quantize import Calibration, calibration_of
     from tasks.registry import load_network
+    from tasks.runs import is_running, this_run
+    from tasks.staging import Owner
 
     def calibrate() -> Calibration:
         dataset = open_version(here.store, card.dataset, card.dataset_version)
         return calibration_of(here.store, dataset, card.image_size, card.preprocessing, artifact.calibration_images)
 
     require_runnable(artifact, here.cpu_accelerator)
+    owner = Owner(this_run(), is_running)
     network = load_network(here.mlflow_tracking_uri, candidate.name, candidate.version)
     with tempfile.TemporaryDirectory() as folder:
         exported = export_network(network, card.image_size, Path(folder), artifact, calibrate)
         sealed = sealed_version(candidate, card, artifact.precision, exported.passport)
-        staged = stage_version(here.serving_root, exported.file, sealed, exported.beside)
-    return stage_engine(here.serving_root, staged, artifact, log.info, here.store)
+        staged = stage_version(here.serving_root, exported.file, sealed, exported.beside, owner)
+    return stage_engine(here.serving_root, staged, artifact, log.info, here.store, owner)
 
 
 @task(cache_policy=NO_CACHE)
@@ -198,7 +247,8 @@ def prove(here: Settings, candidate: "TrainedModel", card: "ModelCard", staged: 
         Bench(here.serving_root, here.triton_python, here.cpu_accelerator, limits.evaluation_concurrency, here.triton),
         load_reference(here.mlflow_tracking_uri, candidate.name, candidate.version),
     )
-    return replace(proof, evidence=with_cohorts(proof.evidence, here.store, dataset))
+    evidence = with_cohorts(proof.evidence, here.store, dataset)
+    return replace(proof, evidence=evidence, against=route.version if route else None)
 
 
 @task(**NETWORK_RETRY, cache_policy=NO_CACHE)
@@ -216,119 +266,49 @@ def record(here: Settings, candidate: "TrainedModel", decision: Decision, figure
     )
 
 
-def approved(here: Settings, candidate: "TrainedModel", decision: Decision, approval: Approval) -> Gate:
-    """The run waits for a person, who sees the table of gates above the form; the answer as a gate of its own."""
-    from tasks.approval import wait_for_answer
-
-    request = ask_for_approval(here, candidate, approval)
-    page = f"# {candidate.name} v{candidate.version} holds every gate: may it take over?\n\n{list_of(decision)}\n"
-    return hear(here, request, wait_for_answer(request, page))
-
-
-@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def ask_for_approval(here: Settings, candidate: "TrainedModel", approval: Approval) -> "Request":
-    """The question, written down once for this run."""
-    from tasks.approval import ask
-    from tasks.runs import this_run
-
-    table = read_routing(here.serving_root, candidate.name)
-    champion = table.champion.version if table else None
-    return ask(here.store, candidate.name, candidate.version, this_run(), approval, champion)
-
-
-@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def hear(here: Settings, request: "Request", answer: "Answer | None") -> Gate:
-    """The answer, written down, and whether it lets the version take over."""
-    from tasks.approval import judged
-
-    table = read_routing(here.serving_root, request.model)
-    return judged(here.store, request, answer, table.champion.version if table else None)
-
-
-@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def keep_copy(here: Settings, staged: Path, proof: "Proof") -> None:
-    """The proven version on S3, its seal last, before it is announced: what a lost server is restored from."""
-    from tasks.version_store import upload_version
-
-    upload_version(here.store, staged, proof.golden)
-
-
-@task(cache_policy=NO_CACHE)
-def switch(here: Settings, staged: Path, proof: "Proof", limits: Limits, intention: "Intention") -> "Swap":
-    """Publish, load, check the golden images on exactly this version, route, under a probe load."""
-    from tasks.swap import swap
-
-    return swap(
-        here.serving_root,
-        here.triton,
-        staged,
-        proof.golden,
-        proof.images,
-        here.cpu_accelerator,
-        late_ms=limits.max_p99_ms,
-        capture_share=here.capture_share,
-        revision=intention.revision,
-    )
-
-
-def refused(here: Settings, candidate: "TrainedModel", decision: Decision) -> State[Any]:
+def refused(here: Settings, candidate: "TrainedModel", reasons: Sequence[str]) -> State[Any]:
     """Nothing changed for anybody; the reasons are in the artifact, in MLflow, in the event and in the state."""
-    decided(here, candidate, "refused", decision.reasons)
+    tell_refusal(here, candidate, reasons)
+    decided(here, candidate, "refused", reasons)
+    return Completed(name="Refused", message=f"{candidate.name} v{candidate.version}: {'; '.join(reasons)}")
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def tell_refusal(here: Settings, candidate: "TrainedModel", reasons: Sequence[str]) -> None:
+    """The event, before the verdict: after it nobody would send the event again. Repeated by this run it has the same id."""
     emit(
         "tirewatch.model.refused",
         f"tirewatch.model.{candidate.name}",
-        {"model": candidate.name, "version": candidate.version, "reasons": list(decision.reasons)},
+        {"model": candidate.name, "version": candidate.version, "reasons": list(reasons)},
         occasion=str(flow_run.get_id()),
     )
-    return Completed(name="Refused", message=f"{candidate.name} v{candidate.version}: {'; '.join(decision.reasons)}")
+
+
+def outdated(
+    here: Settings, candidate: "TrainedModel", decision: Decision, proof: "Proof", intention: "Intention"
+) -> State[Any]:
+    """The champion changed while the candidate was proven. Nothing is decided, so that it can be proven against the new one."""
+    was, now = (f"v{version}" if version else "no champion" for version in (proof.against, intention.previous))
+    changed = Gate("champion as compared with", False, f"{now} came meanwhile", was)
+    record(here, candidate, Decision((*decision.gates, changed)), proof.figures)
+    leave(here, candidate)
+    return Completed(
+        name="Outdated",
+        message=f"{candidate.name} v{candidate.version} was compared with {was}, and {now} came meanwhile: nothing has "
+        "changed; `sweep/line` sends its event again, or start this deployment by hand",
+    )
+
+
+@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
+def leave(here: Settings, candidate: "TrainedModel") -> None:
+    """Another run may take the candidate on, if it was this one that had."""
+    from tasks.claims import claimant, release
+    from tasks.runs import this_run
+
+    if claimant(here.store, subject_of(candidate)) == this_run():
+        release(here.store, subject_of(candidate))
 
 
 def discard(staged: Path) -> None:
-    """A refused candidate leaves nothing behind on the server's disk."""
-    shutil.rmtree(staged)
-
-
-@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def settle_switches(here: Settings, model: str) -> None:
-    """What a killed promotion or rollback left between routing table, ledger, alias and event is completed."""
-    from tasks.transaction import settle
-
-    settle(place_of(here, model), who())
-
-
-@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def announce(
-    here: Settings, candidate: "TrainedModel", decision: Decision, figures: Mapping[str, float]
-) -> "Intention":
-    """The intention to switch, with the evidence, on S3: from here on a crash is completed or has changed nothing."""
-    from tasks.transaction import PROMOTED, intend
-
-    evidence = {"mlflow_run": candidate.run_id, **figures, "gates": [vars(gate) for gate in decision.gates]}
-    said = [gate.measured for gate in decision.gates if gate.name == "approval"]
-    why = "; ".join(["all gates held", *said])
-    return intend(place_of(here, candidate.name), PROMOTED, candidate.version, who(), why, evidence)
-
-
-@task(**NETWORK_RETRY, cache_policy=NO_CACHE)
-def conclude(here: Settings, intention: "Intention", swap: "Swap") -> None:
-    """Ledger, alias, event: what others read. Each is harmless to repeat."""
-    from tasks.transaction import complete, settle, take_back
-
-    place = place_of(here, intention.model)
-    if not swap.undone:
-        gates = [*intention.evidence["gates"], *(vars(gate) for gate in swap.gates)]
-        complete(place, intention, swap.written, {**swap.figures, "gates": gates})
-    elif swap.back:
-        take_back(place, intention, swap.written, swap.back, "; ".join(gate.measured for gate in swap.gates))
-    else:
-        settle(place, intention.who)
-
-
-def place_of(here: Settings, model: str) -> "Place":
-    from tasks.transaction import Place
-
-    return Place(here.serving_root, here.store, here.mlflow_tracking_uri, model)
-
-
-def who() -> str:
-    return f"flow-run/{flow_run.get_id() or 'by-hand'}"
+    """A candidate that was not switched to leaves nothing behind on the server's disk."""
+    shutil.rmtree(staged, ignore_errors=True)

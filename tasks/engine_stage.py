@@ -24,6 +24,7 @@ from tasks.model_repository import (
 )
 from tasks.routing import Route, RoutingTable, read_routing, replace_routing
 from tasks.sealed import SEAL, SealedVersion, read_sealed, seal
+from tasks.staging import THIS_PROCESS, Owner
 from tasks.tensorrt_engine import EngineOptions, NoEngine, Tell, announced, build_engine
 
 if TYPE_CHECKING:
@@ -36,7 +37,14 @@ log = logging.getLogger(__name__)
 RTX_FILE: Final = "model.rtx"
 
 
-def stage_engine(root: Path, staged: Path, how: Export, tell: Tell = log.info, store: "Store | None" = None) -> Path:
+def stage_engine(
+    root: Path,
+    staged: Path,
+    how: Export,
+    tell: Tell = log.info,
+    store: "Store | None" = None,
+    owner: Owner = THIS_PROCESS,
+) -> Path:
     """The staged version with the engine that `how` demands; returns the directory to prove and publish.
 
     tensorrt_rtx: sealed beside the ONNX network, which Triton goes on serving. tensorrt: a version of `<model>_trt_<size>`,
@@ -44,7 +52,7 @@ def stage_engine(root: Path, staged: Path, how: Export, tell: Tell = log.info, s
     as a rehearsal; where it is not required, it stays what it is.
 
     store: where a run that was killed may have kept this very version. Its engine is taken from there, because no builder
-    makes the same bytes twice and a number never holds other bytes.
+    makes the same bytes twice and a number never holds other bytes. owner: who staged it.
     """
     if how.engine == "onnx":
         return staged
@@ -70,7 +78,7 @@ def stage_engine(root: Path, staged: Path, how: Export, tell: Tell = log.info, s
             return _sealed_again(staged, sealed)
         beside = {path.name: path for path in staged.iterdir() if path.name != SEAL}
         planned = replace(sealed, network=network_name(sealed.model, sealed.image_size, "trt"), files={})
-        made = stage_version(root, built, planned, {**beside, PASSPORT_FILE: Path(folder) / PASSPORT_FILE})
+        made = stage_version(root, built, planned, {**beside, PASSPORT_FILE: Path(folder) / PASSPORT_FILE}, owner)
     shutil.rmtree(staged)
     return made
 

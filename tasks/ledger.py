@@ -106,6 +106,15 @@ def breaks(entries: list[Entry]) -> list[str]:
     return found
 
 
+def ended_reign(entries: list[Entry], version: int, since: datetime) -> tuple[Entry, Entry] | None:
+    """(the entry with which the version became champion, the one that ended it), the last such pair since the moment, which
+    must carry a time zone; None when it never was champion since, or still is.
+    """
+    pairs = [(before, after) for before, after in pairwise(entries) if before.version == version]
+    found = [pair for pair in pairs if datetime.fromisoformat(pair[0].at) >= since]
+    return found[-1] if found and entries[-1].version != version else None
+
+
 def champion_at(entries: list[Entry], moment: datetime) -> Entry | None:
     """The entry in force at the moment (which must carry a time zone); None before the first promotion."""
     in_force = [entry for entry in entries if datetime.fromisoformat(entry.at) <= moment]

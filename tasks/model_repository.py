@@ -7,7 +7,6 @@ number as a version (`4_tmp` is version 4), so nothing unfinished ever lies insi
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from tasks.inference import Accelerator
 from tasks.model_config import config_text, network_config
 from tasks.routing import read_routing
 from tasks.sealed import InvalidVersion, SealedVersion, read_sealed, seal, sync_directory, write_durably
+from tasks.staging import THIS_PROCESS, Owner, fresh_directory
 
 NETWORK_FILE: Final = "model.onnx"
 REFERENCE_FILE: Final = "float32.onnx"  # what a reduced network was made from; no server reads it
@@ -51,19 +51,21 @@ def version_directory(root: Path, network: str, version: int) -> Path:
 
 
 def stage_version(
-    root: Path, network_file: Path, version: SealedVersion, beside: Mapping[str, Path] = _NOTHING
+    root: Path,
+    network_file: Path,
+    version: SealedVersion,
+    beside: Mapping[str, Path] = _NOTHING,
+    owner: Owner = THIS_PROCESS,
 ) -> Path:
     """Copy the network into a sealed directory of its own under `staging/`. Returns that directory; nothing is served yet.
 
     network_file: ONNX, or a TensorRT plan (`.plan`). beside: further files to seal with it, by the name they get there.
+    owner: what it and those that are gone have staged of this version before is removed.
     """
     _checked(version.network)
     if version.version < 1:
         raise ValueError(f"version {version.version} of {version.network}: versions start at 1")
-    for left in (root / "staging").glob(f"{version.network}-{version.version}-*"):
-        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed; one promotion of a version runs at a time
-    directory = root / "staging" / f"{version.network}-{version.version}-{uuid.uuid4().hex[:8]}"
-    directory.mkdir(parents=True)
+    directory = fresh_directory(root, version.network, version.version, owner)
     served = PLAN_FILE if network_file.suffix == ".plan" else NETWORK_FILE
     for name, file in {**beside, served: network_file}.items():
         shutil.copyfile(file, directory / name)

@@ -98,13 +98,14 @@ class Golden:
 @dataclass(frozen=True)
 class Proof:
     """The evidence the gates judge, the golden images for the check after the load, encoded photographs of the test split
-    for the load during the switch, and the figures people read.
+    for the load during the switch, and the figures people read. against: version of the champion it was compared with.
     """
 
     evidence: Evidence
     golden: Golden
     images: tuple[bytes, ...]
     figures: dict[str, float]
+    against: int | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ leaves parts that no listing shows; the bucket's rule for incomplete multipart u
 import hashlib
 import re
 import shutil
-import uuid
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from tasks.model_repository import Runtime, publish_version, version_directory
 from tasks.routing import Route, read_routing
 from tasks.sealed import SEAL, InvalidVersion, SealedVersion, file_digest, read_sealed, write_durably
+from tasks.staging import THIS_PROCESS, fresh_directory
 from tasks.storage import (
     Store,
     delete,
@@ -128,10 +128,7 @@ def fetch_version(
     sealed = _parsed(data, network, version)
     if is_whole(root, sealed):
         return sealed
-    for left in (root / "staging").glob(f"{network}-{version}-*"):
-        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
-    staged = root / "staging" / f"{network}-{version}-{uuid.uuid4().hex[:8]}"
-    staged.mkdir(parents=True)
+    staged = fresh_directory(root, network, version, THIS_PROCESS)
     try:
         return publish_version(root, fetch_files(store, network, version, staged), runtime)
     except (InvalidVersion, FileNotFoundError):

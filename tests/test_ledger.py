@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tasks import storage
-from tasks.ledger import Entry, append, breaks, champion_at, key_of, read_ledger
+from tasks.ledger import Entry, append, breaks, champion_at, ended_reign, key_of, read_ledger
 
 
 @pytest.fixture
@@ -126,3 +126,17 @@ def test_a_history_that_does_not_join_is_told():
 def test_a_moment_without_a_time_zone_is_refused():
     with pytest.raises(TypeError):
         champion_at([at(1, 4, datetime(2026, 3, 1, tzinfo=UTC))], datetime(2026, 3, 2))
+
+
+def test_a_reign_that_ended_is_found_with_what_ended_it_and_not_that_of_a_namesake_of_before():
+    begin = datetime(2026, 3, 1, tzinfo=UTC)
+    versions = ((1, "promoted"), (8, "promoted"), (1, "rolled-back"), (9, "promoted"))
+    entries = [
+        Entry("tire", day, action, version, None, (begin + timedelta(days=day)).isoformat(), "x", "y")
+        for day, (version, action) in enumerate(versions, 1)
+    ]
+    assert ended_reign(entries, 8, begin) == (entries[1], entries[2])
+    assert ended_reign(entries, 1, begin) == (entries[2], entries[3]), "its last one"
+    assert ended_reign(entries, 8, begin + timedelta(days=3)) is None, "that was another version 8"
+    assert ended_reign(entries, 9, begin) is None, "it is champion"
+    assert ended_reign(entries, 5, begin) is ended_reign([], 5, begin) is None
