@@ -8,7 +8,9 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 from bridge.s3_events import ObjectCreated
 
 MARKERS: Final = ("_SUCCESS", "annotations.json")
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+# What ingest accepts (tasks/batch.py has the same two): an announced batch can be ingested, any other is never announced.
+DATASET_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+BATCH_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def batch_of(created: ObjectCreated, bucket: str) -> Batch | Ignored:
     if parts[0] != "incoming" or len(parts) < 4:
         return Ignored("not_incoming")
     _, dataset, batch, *rest = parts
-    if not _NAME.fullmatch(dataset) or not _NAME.fullmatch(batch):
+    if not DATASET_NAME.fullmatch(dataset) or not BATCH_NAME.fullmatch(batch):
         return Ignored("bad_name")
     if rest[-1] == "":  # the empty object that consoles make for a folder
         return Ignored("folder")

@@ -222,11 +222,13 @@ def upload(
     state: State = None,
 ) -> None:
     """Upload photographs as a sealed batch: its event starts ingest."""
+    from tasks.batch import INCOMING, batch_of
     from tasks.importers import recognised
     from tasks.sources import upload_set
 
-    named = batch or re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip(".-") or "batch"
+    named = batch or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("._-")[:100] or "batch"
     with settings_of(state) as here:
+        batch_of(dataset, f"{INCOMING}/{dataset}/{named}/")  # before minutes are spent on looking through the folder
         found = recognised(folder)
         say(f"{folder}: {found.text}")
         with console.status("uploading"):

@@ -3,8 +3,8 @@
 Compares what S3 and MLflow hold with what the line has decided: a complete batch that was neither ingested nor refused, a
 dataset version that no training decided about, a registered model without a verdict. Completes the records of a switch of
 champion that was killed, refuses what waited for a person for too long, lets the ONNX network answer where a server refuses a
-version's TensorRT plan, uploads what answers and is not on S3 yet, and takes old versions off the server's disk. Runs on a
-schedule; by hand:
+version's TensorRT plan, uploads what answers and is not on S3 yet, takes old versions off the server's disk, and moves what
+front doors captured to S3. Runs on a schedule; by hand:
 
     prefect deployment run 'sweep/line'
 
@@ -111,6 +111,7 @@ def send_what_is_lost(here: Settings, options: SweepOptions, attempt: Attempts) 
 
 def make_good(here: Settings, options: SweepOptions, attempt: Attempts) -> list[str]:
     """What a run that died, a server that came back or a full disk has left, model by model; what was done."""
+    from monitoring.capture import captured_models
     from tasks.model_repository import front_doors
     from tasks.transaction import models_with_switches
 
@@ -122,6 +123,8 @@ def make_good(here: Settings, options: SweepOptions, attempt: Attempts) -> list[
         done += attempt(f"answer_without_plan of {model}", partial(answer_without_plan, here, model))
         done += attempt(f"keep_copies of {model}", partial(keep_copies, here, model))
         done += attempt(f"make_room of {model}", partial(make_room, here, options, model))
+    for model in attempt("captured models", partial(captured_models, here.serving_root / "spool")):
+        attempt(f"collect_captures of {model}", partial(collect_captures, here, model))
     return done
 
 
@@ -213,6 +216,18 @@ def make_room(here: Settings, options: SweepOptions, model: str) -> list[str]:
 
     gone = prune(here.store, here.serving_root, here.mlflow_tracking_uri, model, options.keep_versions)
     return [f"{route.network} version {route.version} is on S3 and left the server's disk" for route in gone]
+
+
+@task(**ONCE_MORE, cache_policy=NO_CACHE)
+def collect_captures(here: Settings, model: str) -> list[str]:
+    """What the front door captured leaves the bounded spool for S3, whether or not anybody looks at drift. The run's state has
+    no word about it: there is something in every sweep.
+    """
+    from tasks.production import collect
+
+    if moved := collect(here.store, here.serving_root / "spool" / model, model):
+        log.info("%d captured requests of %s are on S3 now", moved, model)
+    return []
 
 
 @task(**ONCE_MORE, cache_policy=NO_CACHE)

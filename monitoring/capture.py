@@ -13,6 +13,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -35,7 +36,8 @@ class CaptureRecord:
 
     captured_at: Unix seconds. image: the encoded bytes as they came; where the client sent pixels, uint8 [H, W, 3]
     until written, and a PNG of them when read. probabilities: float32 [C]. embedding: float32 [D].
-    dropped: how many samples this server process had dropped before this one, so that a reader sees the gaps.
+    dropped: how many samples this server process had dropped before this one, never written or removed to make room, so that a
+    reader sees the gaps.
     milliseconds: from the server's taking the request up to its answer; 0 in records of before it was kept.
     error: why this version, a challenger, had no answer, so that the champion gave one; label, score and arrays are empty then.
     """
@@ -74,18 +76,35 @@ def write_record(directory: Path, record: CaptureRecord, number: int = 0) -> Pat
 
 def read_record(path: Path) -> CaptureRecord:
     """Read one file of the spool. Raises ValueError when it is none."""
+    with _opened(path) as content:
+        return CaptureRecord(
+            **json.loads(content["facts"].tobytes()),
+            image=content["image"].tobytes(),
+            probabilities=content["probabilities"],
+            embedding=content["embedding"],
+        )
+
+
+def request_of(path: Path) -> str:
+    """The id of its request; the photograph is not read. Raises ValueError when the file is no record."""
+    with _opened(path) as content:
+        return str(json.loads(content["facts"].tobytes())["request_id"])
+
+
+@contextmanager
+def _opened(path: Path) -> "Iterator[np.lib.npyio.NpzFile]":
     try:
         with np.load(path, allow_pickle=False) as content:
-            return CaptureRecord(
-                **json.loads(content["facts"].tobytes()),
-                image=content["image"].tobytes(),
-                probabilities=content["probabilities"],
-                embedding=content["embedding"],
-            )
+            yield content
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} is no capture record: {error}") from error
+
+
+def captured_models(spools: Path) -> list[str]:
+    """Models that have a spool below this directory."""
+    return sorted(path.name for path in spools.glob("*") if path.is_dir())
 
 
 def spooled(directory: Path) -> list[Path]:
@@ -153,7 +172,7 @@ class Spool:
         while (record := self._waiting.get()) is not None:
             try:
                 if self._bytes_since_room >= ROOM_CHECK_SHARE * self._max_bytes:
-                    make_room(self._directory, self._max_bytes)
+                    self._make_room()
                     self._bytes_since_room = 0
                 path = write_record(self._directory, record, self._written)
                 self._bytes_since_room += _size(path) or 0
@@ -162,6 +181,18 @@ class Spool:
             except (OSError, ValueError, cv2.error) as error:
                 self.dropped += 1
                 log.warning("capture of request %s failed: %s", record.request_id, error)
+
+    def _make_room(self) -> None:
+        """What goes unread is as lost as what was never written: counted and told alike."""
+        removed = make_room(self._directory, self._max_bytes)
+        if removed:
+            self.dropped += removed
+            log.warning(
+                "capture: %d records left %s unread, to keep it within %d MiB: does `sweep/line` run, which moves them to S3?",
+                removed,
+                self._directory,
+                self._max_bytes >> 20,
+            )
 
 
 def make_room(directory: Path, max_bytes: int) -> int:

@@ -23,26 +23,17 @@ MARKER: Final = "_SUCCESS"
 ANNOTATIONS: Final = "annotations.json"
 SPLITS: Final = ("train", "val", "test")
 SPLIT_FOLDERS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_NO_PHOTOGRAPH: Final = {
-    ".csv",
-    ".db",
-    ".htm",
-    ".html",
-    ".ini",
-    ".json",
-    ".log",
-    ".md",
-    ".txt",
-    ".xml",
-    ".yaml",
-    ".yml",
-}
+_NO_PHOTOGRAPH: Final = frozenset(
+    (".csv", ".db", ".htm", ".html", ".ini", ".json", ".log", ".md", ".txt", ".xml", ".yaml", ".yml")
+)
 _MAX_TEXT: Final = 300  # characters of a label, group or line: they become folder names, table cells and metric names
 # Line feeds and tabs would break the lines of the digest, and half of a surrogate pair has no UTF-8.
 _UNSTORABLE: Final = {"Cc", "Cs", "Zl", "Zp"}
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _FORM: Final = '{"annotation": {"data": [{"FilePath": ..., "label_value": ...}]}}'
-_DATASET_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+# The bridge, which imports nothing of ours, has the same two (bridge/sealing.py); tests/test_batch.py holds them equal.
+DATASET_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")  # names a model too
+BATCH_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class BatchRefused(ValueError):
@@ -116,12 +107,18 @@ class Batch:
 
 
 def batch_of(dataset: str, prefix: str) -> str:
-    """The batch's name in `incoming/<dataset>/<batch>/`. Raises ValueError for any other prefix."""
-    if not _DATASET_NAME.fullmatch(dataset):
+    """The batch's name in `incoming/<dataset>/<batch>/`. Raises ValueError for any other prefix, and for a name that the bridge
+    would not announce.
+    """
+    if not DATASET_NAME.fullmatch(dataset):
         raise ValueError(f"dataset {dataset!r}: use 1 to 63 of a-z 0-9 _ - and begin with a letter or digit")
     parts = prefix.strip("/").split("/")
     if len(parts) != 3 or parts[:2] != [INCOMING, dataset] or not parts[2]:
         raise ValueError(f"prefix {prefix!r} is no batch of {dataset!r}: expected {INCOMING}/{dataset}/<batch>/")
+    if not BATCH_NAME.fullmatch(parts[2]):
+        raise ValueError(
+            f"batch {parts[2]!r}: use 1 to 100 of A-Z a-z 0-9 . _ - and begin with a letter or digit, such as 2026-11-21"
+        )
     return parts[2]
 
 

@@ -4,15 +4,18 @@ Events are at-least-once at best: a store may fail to report an object, a server
 What S3 and MLflow hold is the truth; comparing it with the verdicts finds what fell through.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from tasks.batch import ANNOTATIONS, INCOMING, MARKER, content_digest
+from tasks.batch import ANNOTATIONS, BATCH_NAME, INCOMING, MARKER, content_digest
 from tasks.claims import batch_subject, read_verdict, verdict_times, version_subject
 from tasks.followers import Follower
 from tasks.storage import Store, list_folders, list_objects
+
+log = logging.getLogger(__name__)
 
 BATCH_SEALED: Final = "tirewatch.batch.sealed"
 VERSION_CREATED: Final = "tirewatch.dataset.version.created"
@@ -63,9 +66,13 @@ def _batches_to_look_at(store: Store, dataset: str, now: datetime, look_back: ti
     decided: dict[str, datetime] = {}
     for batch, written in verdict_times(store, f"ingest/{dataset}"):
         decided[batch] = max(written, decided.get(batch, written))
-    return [
+    found = [
         batch for batch in list_folders(store, f"{INCOMING}/{dataset}/") if now - decided.get(batch, now) <= look_back
     ]
+    for batch in found:
+        if not BATCH_NAME.fullmatch(batch):
+            log.warning("%s/%s/%r is never ingested: no batch can have this name", INCOMING, dataset, batch)
+    return [batch for batch in found if BATCH_NAME.fullmatch(batch)]
 
 
 def lost_versions(store: Store, followers: Sequence[Follower], now: datetime, grace: timedelta) -> Iterator[Lost]:

@@ -4,7 +4,7 @@ Only sampled requests are captured (`TIREWATCH_CAPTURE_SHARE`); a recipe that mu
 """
 
 import hashlib
-import io
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -24,10 +24,12 @@ from tasks.images import decode
 from tasks.ledger import Entry, champion_at, read_ledger
 from tasks.model_repository import NETWORK_FILE, PLAN_FILE, repository, version_directory
 from tasks.sealed import InvalidVersion, SealedVersion, read_sealed
-from tasks.storage import Store, list_folders, list_objects, read
+from tasks.storage import Store, StoredFile, StoredObject, list_folders, list_objects
 
 if TYPE_CHECKING:
     from tasks.inference import Accelerator
+
+log = logging.getLogger(__name__)
 
 _SPOOL: Final = "spool"
 _CAPTURES: Final = "captures"
@@ -111,8 +113,9 @@ class Trace:
 
 def captured_models(store: Store, root: Path) -> list[str]:
     """Models of which requests were captured."""
-    spooled = [path.name for path in (root / _SPOOL).glob("*") if path.is_dir()]
-    return sorted({*list_folders(store, _CAPTURES), *spooled})
+    from monitoring import capture
+
+    return sorted({*list_folders(store, _CAPTURES), *capture.captured_models(root / _SPOOL)})
 
 
 def find_captured(store: Store, root: Path, model: str, request_id: str, day: date | None = None) -> Captured | None:
@@ -121,10 +124,20 @@ def find_captured(store: Store, root: Path, model: str, request_id: str, day: da
 
 
 def _in_spool(root: Path, model: str, request_id: str) -> Iterator[Captured]:
-    from monitoring.capture import read_spool
+    """Newest first; of the others only the ids are read, and a file that the server or a collector took away is passed over."""
+    from monitoring.capture import read_record, request_of, spooled
 
-    for path, record in reversed(list(read_spool(root / _SPOOL / model))):
-        if record.request_id == request_id and not record.error:  # then the champion answered it
+    for path in reversed(spooled(root / _SPOOL / model)):
+        try:
+            if request_of(path) != request_id:
+                continue
+            record = read_record(path)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            log.warning("%s", error)
+            continue
+        if not record.error:  # then the champion answered it
             assert isinstance(record.image, bytes)  # as it is read; pixels are encoded when they are written
             moment = datetime.fromtimestamp(record.captured_at, UTC)
             facts = (record.version, record.label, record.score, record.image, record.tire_id, record.line)
@@ -132,18 +145,28 @@ def _in_spool(root: Path, model: str, request_id: str) -> Iterator[Captured]:
 
 
 def _on_s3(store: Store, model: str, request_id: str, day: date | None) -> Iterator[Captured]:
+    """Newest day first. Of a bundle that does not hold the request only the ids are fetched, a hundredth of it."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    for found in reversed(list_objects(store, f"{_CAPTURES}/{model}/{day.isoformat() if day else ''}")):
-        file = pq.ParquetFile(io.BytesIO(read(store, found.key)))
-        ids = file.read(["request_id"])["request_id"]
-        place = pc.index(ids, request_id).as_py()
-        row: dict[str, Any] = file.read().slice(place, 1).to_pylist()[0] if place >= 0 else {"error": "not here"}
-        if not row.get("error"):  # else a challenger had no answer, and the champion gave one
-            moment = datetime.fromtimestamp(row["captured_at"], UTC)
-            facts = (row["version"], row["label"], row["score"], row["image"], row["tire_id"], row["line"])
-            yield Captured(model, request_id, moment, *facts, store.uri(found.key))
+    days = [day.isoformat()] if day else reversed(list_folders(store, f"{_CAPTURES}/{model}"))
+    for folder in days:
+        bundles = list_objects(store, f"{_CAPTURES}/{model}/{folder}")
+        for found in sorted(bundles, key=_last_moment, reverse=True):
+            file = pq.ParquetFile(StoredFile(store, found))
+            place = pc.index(file.read(["request_id"])["request_id"], request_id).as_py()
+            if place < 0:
+                continue
+            row: dict[str, Any] = file.read().slice(place, 1).to_pylist()[0]
+            if not row.get("error"):  # else a challenger had no answer, and the champion gave one
+                moment = datetime.fromtimestamp(row["captured_at"], UTC)
+                facts = (row["version"], row["label"], row["score"], row["image"], row["tire_id"], row["line"])
+                yield Captured(model, request_id, moment, *facts, store.uri(found.key))
+
+
+def _last_moment(bundle: StoredObject) -> str:
+    """Of `v<version>-<first ms>-<last ms>-<digest>.parquet`; 13 digits each."""
+    return bundle.key.rsplit("-", 2)[-2]
 
 
 def trace(captured: Captured, store: Store, root: Path, tracking_uri: str, accelerator: "Accelerator") -> Trace:

@@ -9,8 +9,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bridge import sealing
 from tasks import storage
-from tasks.batch import BatchRefused, Correction, batch_of, from_annotations, from_folders, read_batch
+from tasks.batch import (
+    BATCH_NAME,
+    DATASET_NAME,
+    BatchRefused,
+    Correction,
+    batch_of,
+    from_annotations,
+    from_folders,
+    read_batch,
+)
 from tasks.checks import RULES
 from tasks.storage import Store, StoredObject
 
@@ -247,6 +257,16 @@ def test_a_prefix_that_is_no_batch_of_the_dataset_is_refused(prefix: str) -> Non
 def test_a_dataset_name_that_could_not_name_a_model_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="a-z 0-9"):
         batch_of(name, f"incoming/{name}/b/")
+
+
+@pytest.mark.parametrize("name", ["my photos", "..", ".hidden", "-a", "f\u00e4lle", "x" * 101])
+def test_a_batch_that_the_bridge_would_not_announce_is_refused_with_the_rule(name: str) -> None:
+    with pytest.raises(ValueError, match=r"use 1 to 100 of A-Z a-z 0-9 \. _ -"):
+        batch_of("tire", f"incoming/tire/{name}/")
+
+
+def test_the_bridge_announces_what_ingest_accepts_and_nothing_else() -> None:
+    assert (sealing.DATASET_NAME, sealing.BATCH_NAME) == (DATASET_NAME, BATCH_NAME)
 
 
 def test_marker_and_hidden_files_are_no_photographs(store: Store) -> None:

@@ -20,6 +20,8 @@ def created(key: str, bucket: str = "tirewatch") -> ObjectCreated:
         ("incoming/Tire/b1/a.jpg", "bad_name"),
         ("incoming/tire/../a.jpg", "bad_name"),
         ("incoming/tire/b 1/a.jpg", "bad_name"),
+        ("incoming/tire/.b1/a.jpg", "bad_name"),
+        ("incoming/tire/Fotos \u00e4/a.jpg", "bad_name"),
         ("incoming//b1/a.jpg", "bad_name"),
         ("incoming/-tire/b1/a.jpg", "bad_name"),
         (f"incoming/{'t' * 64}/b1/a.jpg", "bad_name"),
@@ -32,6 +34,11 @@ def created(key: str, bucket: str = "tirewatch") -> ObjectCreated:
 )
 def test_what_is_no_photograph_of_a_batch_is_ignored_with_its_reason(key: str, reason: str) -> None:
     assert batch_of(created(key), "tirewatch") == Ignored(reason)
+
+
+@pytest.mark.parametrize("name", ["Photographs", "2026.11.21", "b" * 100])
+def test_a_batch_that_can_be_uploaded_is_announced(name: str) -> None:
+    assert batch_of(created(f"incoming/tire/{name}/a.jpg"), "tirewatch") == Batch("tire", name)
 
 
 def test_objects_of_another_bucket_are_ignored() -> None:

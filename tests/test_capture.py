@@ -105,6 +105,19 @@ def test_the_directory_stays_bounded_however_large_the_photographs(tmp_path):
     assert [record.request_id for _, record in read_spool(tmp_path)][-1] == "59"
 
 
+def test_what_went_unread_to_make_room_is_counted_as_dropped_and_told(tmp_path, caplog):
+    spool = Spool(tmp_path, share=1.0, max_bytes=1_000_000)
+    for number in range(30):
+        record = replace(RECORD, request_id=str(number), image=bytes(100_000), captured_at=float(number))
+        while not spool.offer(record):
+            spool.dropped -= 1  # it is offered again
+            time.sleep(0.005)
+    spool.close()
+    kept = len(spooled(tmp_path))
+    assert kept < 15 and spool.dropped == 30 - kept
+    assert "to keep it within 0 MiB" in caplog.text and str(tmp_path) in caplog.text
+
+
 def test_offering_never_waits_and_counts_what_was_dropped(tmp_path, monkeypatch):
     blocked = threading.Event()
     monkeypatch.setattr(capture, "write_record", lambda *args: blocked.wait(20) and write_record(*args))

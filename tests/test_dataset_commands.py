@@ -228,9 +228,11 @@ def test_upload_says_what_it_recognised_and_refuses_what_it_does_not(
     for path, data in pictures(photograph, 0).items():
         (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / path).write_bytes(data)
-    text = said("upload", str(tmp_path / "in"), "--dataset", "cmd-up", "--batch", "b 1")
+    text = said("upload", str(tmp_path / "in"), "--dataset", "cmd-up", "--batch", "B.1")
     assert "class folders: 12 files in 2 classes (bad 4, good 8); no given split 12" in text
-    assert storage.exists(store, "incoming/cmd-up/b 1/_SUCCESS")
+    assert storage.exists(store, "incoming/cmd-up/B.1/_SUCCESS")
+    nothing = run("upload", str(tmp_path / "in"), "--dataset", "cmd-up", "--batch", "b 1")
+    assert (nothing.exit_code, nothing.stdout) == (1, "") and "use 1 to 100 of A-Z a-z 0-9 . _ -" in nothing.stderr
     nothing = run("upload", str(tmp_path), "--dataset", "cmd-up", "--batch", "a/b")
     assert (nothing.exit_code, "expected incoming/cmd-up/<batch>/" in nothing.stderr) == (1, True)
     (tmp_path / "empty").mkdir()

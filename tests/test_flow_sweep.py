@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from prefect import flow
@@ -17,6 +18,7 @@ from flows.ingest import ingest
 from flows.settings import Settings
 from flows.sweep import SweepOptions, sweep
 from flows.train import train
+from monitoring.capture import CaptureRecord, spooled, write_record
 from tasks.batch import content_of
 from tasks.claims import Subject, read_verdict
 from tasks.dataset import newest_version
@@ -30,6 +32,7 @@ from tasks.routing import Route, RoutingTable, replace_routing
 from tasks.sealed import SealedVersion
 from tasks.start import StartRule
 from tasks.storage import Store, StoredObject, list_objects, write_many
+from tasks.trace import find_captured
 from tasks.transaction import Place, intend
 from tasks.version_store import stored_networks
 
@@ -371,3 +374,16 @@ def test_photographs_of_batches_that_were_decided_long_ago_are_not_even_listed(
     both = ["incoming/historic/decided/", "incoming/historic/forgotten/"]
     assert looked(timedelta(days=29)) == (["forgotten"], both)
     assert looked(timedelta(days=31)) == ([], both[1:]), "nobody ever decided about it, but it is too old"
+
+
+def test_what_was_captured_leaves_the_bounded_spool_though_nobody_looks_at_drift(
+    here: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, nothing = tmp_path / "spool" / "captured", np.zeros(2, np.float32)
+    spool.mkdir(parents=True)
+    write_record(spool, CaptureRecord("r1", time.time(), "captured", 1, "good", 0.5, b"photograph", nothing, nothing))
+    monkeypatch.setattr("flows.sweep.settings", lambda: here.model_copy(update={"serving_root": tmp_path}))
+    sweep(AT_ONCE, return_state=True)
+    assert spooled(spool) == []
+    found = find_captured(here.store, tmp_path, "captured", "r1")
+    assert found is not None and found.image == b"photograph" and found.where.startswith("s3://")
