@@ -145,7 +145,7 @@ def dismiss(
         if not name and not reason:
             raise ValueError("say which: --name, once for each file, or --reason")
         chosen = _named(here.store, dataset, batch, name, reason)
-        drop(here.store, chosen)
+        drop(here.store, chosen, datetime.now(UTC))
     say(f"{len(chosen)} files of {batch} are off the list")
 
 

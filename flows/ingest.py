@@ -231,7 +231,10 @@ def _nothing_new(batch: "Batch", base: "Record | None") -> "Record":
 
 
 def quarantine(store: Store, batch: "Batch", planned: "Plan") -> None:
-    """One record for each quarantined file, and none for files that are good by now. The files stay where they are."""
+    """One record for each quarantined file, and none for files that are good by now; what people decided about one that was set
+    aside before, for the same reason and with the same bytes, stays in it. The files stay where they are.
+    """
+    from tasks.quarantine import with_decisions
     from tasks.storage import delete, list_objects, write_many
 
     folder = f"quarantine/{batch.dataset}/{batch.name}/"
@@ -239,8 +242,10 @@ def quarantine(store: Store, batch: "Batch", planned: "Plan") -> None:
         f"{folder}{each.name}.json": {**asdict(each), "key": batch.prefix + each.name, "batch": batch.name}
         for each in planned.quarantined
     }
-    write_many(store, ((key, json.dumps(record, indent=1).encode()) for key, record in records.items()))
-    delete(store, [found.key for found in list_objects(store, folder) if found.key not in records])
+    before = list_objects(store, folder)
+    decided = with_decisions(store, records, before)
+    write_many(store, ((key, json.dumps(record, indent=1).encode()) for key, record in decided.items()))
+    delete(store, [found.key for found in before if found.key not in records])
 
 
 def show(result: "Ingested", examination: "Examination") -> None:

@@ -8,20 +8,21 @@ the dataset holds by now is settled. How a file comes in again is `tasks/resubmi
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from tasks.batch import ANNOTATIONS, INCOMING, BatchItem, BatchRefused, content_of, read_batch
 from tasks.claims import batch_subject, read_verdict
-from tasks.storage import Content, Store, StoredObject, delete, list_folders, list_objects, read_many
+from tasks.storage import Content, Store, StoredObject, list_folders, list_objects, read, read_many, write_many
 
 if TYPE_CHECKING:
     from tasks.dataset import Record
 
 PREFIX: Final = "quarantine"
+_BY_PEOPLE: Final = ("resubmitted", "resubmitted_as", "resubmitted_sha256", "dismissed")  # fields of a record
 _CONTRADICTIONS: Final = ("contradicts_dataset", "contradictory_labels")
 
 State = Literal["waiting", "resubmitted", "settled"]
@@ -111,20 +112,47 @@ def quarantined_file(store: Store, dataset: str, batch: str, name: str) -> Quara
     return records[name]
 
 
-def dismiss(store: Store, chosen: Sequence[Quarantined]) -> None:
-    """Drops the records: somebody has looked, and the files are not wanted. The files themselves stay where they are."""
-    delete(store, [each.record_key for each in chosen])
+def dismiss(store: Store, chosen: Sequence[Quarantined], now: datetime) -> None:
+    """Takes the files off the list: somebody has looked, and they are not wanted. That stands in their records, so that the
+    batch may be ingested again without asking once more. The files themselves stay where they are.
+    """
+
+    def dismissed(each: Quarantined) -> bytes:
+        return json.dumps({**json.loads(read(store, each.record_key)), "dismissed": now.isoformat()}, indent=1).encode()
+
+    write_many(store, ((each.record_key, dismissed(each)) for each in chosen))
+
+
+def with_decisions(
+    store: Store, records: Mapping[str, Mapping[str, Any]], before: Sequence[StoredObject]
+) -> dict[str, dict[str, Any]]:
+    """The records of a batch by their key, each with what people decided about the one `before` it: for the same reason and the
+    same bytes; otherwise it is another finding.
+    """
+
+    def decisions(found: StoredObject, content: Content) -> tuple[str, dict[str, Any]]:
+        told, now = json.loads(content.data), records[found.key]
+        same = all(told.get(field) == now.get(field) for field in ("reason", "sha256"))
+        return found.key, {field: told[field] for field in _BY_PEOPLE if same and field in told}
+
+    kept = dict(read_many(store, [found for found in before if found.key in records], decisions))
+    return {key: {**record, **kept.get(key, {})} for key, record in records.items()}
 
 
 def _records(store: Store, dataset: str) -> list[Quarantined]:
-    def record(found: StoredObject, content: Content) -> Quarantined:
+    """Those that nobody dismissed."""
+
+    def record(found: StoredObject, content: Content) -> Quarantined | None:
         told = json.loads(content.data)
+        if told.get("dismissed"):
+            return None
         said = {name: told.get(name) for name in ("reason", "message", "sha256")}
         sent = {name: told.get(name) for name in ("resubmitted", "resubmitted_as", "resubmitted_sha256")}
         return Quarantined(dataset, told["batch"], told["name"], at=found.modified, **said, **sent)
 
     found = list_objects(store, f"{PREFIX}/{dataset}/")
-    return sorted(read_many(store, found, record), key=lambda each: (each.batch, each.name))
+    waiting = [each for each in read_many(store, found, record) if each is not None]
+    return sorted(waiting, key=lambda each: (each.batch, each.name))
 
 
 def _batches(records: Sequence[Quarantined]) -> list[str]:

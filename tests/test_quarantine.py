@@ -210,6 +210,21 @@ def test_one_picture_under_two_labels_is_sent_only_when_one_is_chosen(
     assert storage.exists(store, "incoming/q-both/first/good/a.jpg")
 
 
+def test_a_batch_that_is_ingested_again_remembers_what_was_sent_again_and_what_was_dismissed(
+    store: Store, photograph: Made, ingested: Ingest, said: Callable[..., str]
+) -> None:
+    filled(store, photograph, ingested, "q-memory")
+    batch = sent(store, said("resubmit", "q-memory", "second", "--name", "odd/unknown.jpg", "--label", "good"))
+    said("dismiss", "q-memory", "second", "--name", "good/cut.jpg")
+    said("dismiss", "q-memory", "second", "--name", "good/again.jpg")
+    late = {"good/late.jpg": photograph(990), "good/cut.jpg": photograph(905, 200)[:-700]}
+    ingested(store, "q-memory", "second", late)
+    left = {each["name"]: each for each in json.loads(said("list", "q-memory", "--all", "--json"))}
+    assert (left["odd/unknown.jpg"]["resubmitted"], left["odd/unknown.jpg"]["state"]) == (batch, "resubmitted")
+    assert "good/again.jpg" not in left, "it was dismissed, and nothing about it has changed"
+    assert left["good/cut.jpg"]["state"] == "waiting", "other bytes: another finding"
+
+
 def test_a_resubmission_that_dies_before_its_seal_changes_nothing_whoever_ingests_it(
     store: Store, photograph: Made, ingested: Ingest, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
