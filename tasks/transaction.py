@@ -2,8 +2,9 @@
 
     switches/<model>/00000007.json   what is about to happen, by a conditional write, before anything changes
     routing/<model>.json             the commit point: one atomic replacement, and the other version answers
-    ledger, alias `champion`, event  follow from the table; each is harmless to repeat
-    switches/<model>/00000007.told   all of them are done
+    ledger                           follows from the table: who intends the next switch brings it up to date first
+    alias `champion`, event          follow from the ledger, in its order; they never hold up a switch
+    switches/<model>/00000007.told   all of them are done; each is harmless to repeat
 
 Threshold, preprocessing and drift reference travel with the sealed version that the table names. An intention whose revision
 the table never reached did not happen. Whoever intends the next switch raises the revision first, so that one who is still
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +24,7 @@ from tasks.events import emit
 from tasks.ledger import Entry, append, read_ledger
 from tasks.registry import CHAMPION, champion_version, set_alias
 from tasks.routing import RoutingChanged, RoutingTable, read_routing, replace_routing
-from tasks.storage import Store, exists, list_folders, list_objects, read, write, write_if_absent
+from tasks.storage import Store, list_folders, list_objects, read, write, write_if_absent
 
 PREFIX: Final = "switches"
 PROMOTED, ROLLED_BACK, UNDONE, FOUND = "promoted", "rolled-back", "undone", "found"
@@ -69,8 +71,12 @@ class Intention:
 
 def newest_intention(place: Place) -> Intention | None:
     """The last switch that was announced, whatever became of it."""
-    found = [each.key for each in list_objects(place.store, f"{PREFIX}/{place.model}/") if each.key.endswith(".json")]
+    found = [key for key in _keys(place) if key.endswith(".json")]
     return Intention(**json.loads(read(place.store, found[-1]))) if found else None
+
+
+def _keys(place: Place) -> list[str]:
+    return [each.key for each in list_objects(place.store, f"{PREFIX}/{place.model}/")]
 
 
 def models_with_switches(store: Store) -> list[str]:
@@ -79,11 +85,11 @@ def models_with_switches(store: Store) -> list[str]:
 
 
 def intend(place: Place, action: str, version: int, who: str, why: str, evidence: Mapping[str, Any]) -> Intention:
-    """Announce a switch to `version`. What an earlier one left is settled first; an earlier one that was announced and not
-    made cannot be made any more afterwards.
+    """Announce a switch to `version`. What an earlier one left is entered first; an earlier one that was announced and not
+    made cannot be made any more afterwards. Asks the disk and S3 only.
     """
     for _ in range(_ATTEMPTS):
-        settle(place, who)
+        catch_up(place, who)
         table, last = read_routing(place.root, place.model), newest_intention(place)
         if table and last and table.revision < last.revision:
             with suppress(RoutingChanged):  # else it was made just now, and is settled
@@ -110,9 +116,14 @@ def intend(place: Place, action: str, version: int, who: str, why: str, evidence
 
 def complete(place: Place, intention: Intention, written: RoutingTable, evidence: Mapping[str, Any] = {}) -> Entry:
     """Ledger, alias and event of a switch that was made. written: the table that made it."""
-    entry = _enter(place, intention, written.changed_at, evidence)
-    _tell(place, entry)
+    entry = enter(place, intention, written, evidence)
+    tell(place)
     return entry
+
+
+def enter(place: Place, intention: Intention, written: RoutingTable, evidence: Mapping[str, Any] = {}) -> Entry:
+    """The ledger's part of `complete`; the next `settle` does the rest."""
+    return _enter(place, intention, written.changed_at, evidence)
 
 
 def take_back(place: Place, intention: Intention, written: RoutingTable, back: RoutingTable, why: str) -> Entry:
@@ -131,19 +142,51 @@ def settle(place: Place, who: str) -> Entry | None:
 
     Harmless at any moment and however often. Without a table nothing is in production and nothing is changed.
     """
+    entry = catch_up(place, who)
+    if entry or read_routing(place.root, place.model):
+        tell(place, entry)
+    return entry
+
+
+def catch_up(place: Place, who: str) -> Entry | None:
+    """The ledger alone, up to the table in force: the entry that was missing, or None."""
     table = read_routing(place.root, place.model)
     if table is None:
         return None
-    entries, last = read_ledger(place.store, place.model), newest_intention(place)
-    if not entries or entries[-1].version != table.champion.version:
-        entry = _missing(place, table, entries, last, who)
-        _tell(place, entry)
-        return entry
-    if last and entries[-1].switch == last.number and not exists(place.store, last.told_key):
-        _tell(place, entries[-1])
-    elif champion_version(place.tracking_uri, place.model) != entries[-1].version:
+    entries = read_ledger(place.store, place.model)
+    if entries and entries[-1].version == table.champion.version:
+        return None
+    return _missing(place, table, entries, newest_intention(place), who)
+
+
+def tell(place: Place, found: Entry | None = None) -> None:
+    """Alias and events of everything in the ledger that nobody was told of. found: an entry that no switch belongs to, told now
+    or never. The alias is that of the newest entry: somebody may have gone on meanwhile.
+    """
+    entries = read_ledger(place.store, place.model)
+    if not entries:
+        return
+    due = _untold(place, entries)
+    if due or found or champion_version(place.tracking_uri, place.model) != entries[-1].version:
         set_alias(place.tracking_uri, place.model, CHAMPION, entries[-1].version)
-    return None
+    for entry in [*due, *([found] if found and found.switch is None else [])]:
+        if not _was_undone(entry, entries):
+            event, payload = told_as(entry)
+            emit(event, f"tirewatch.model.{place.model}", payload, occasion=str(entry.number))
+        if entry.switch is not None:
+            write(place.store, f"{PREFIX}/{place.model}/{entry.switch:08d}.told", b"")
+
+
+def _untold(place: Place, entries: list[Entry]) -> list[Entry]:
+    """Entries of switches after the last one that everybody knows of, the oldest first."""
+    told = {int(Path(key).stem) for key in _keys(place) if key.endswith(".told")}
+    switched = [entry for entry in entries if entry.switch is not None]
+    return list(takewhile(lambda entry: entry.switch not in told, reversed(switched)))[::-1]
+
+
+def _was_undone(entry: Entry, entries: list[Entry]) -> bool:
+    """Whether it was taken back while it was watched: nobody but the ledger needs to know."""
+    return any(after.action == UNDONE and after.number == entry.number + 1 for after in entries)
 
 
 def _missing(place: Place, table: RoutingTable, entries: list[Entry], last: Intention | None, who: str) -> Entry:
@@ -170,16 +213,6 @@ def _enter(place: Place, intention: Intention, at: str, evidence: Mapping[str, A
         at,
         intention.number,
     )
-
-
-def _tell(place: Place, entry: Entry) -> None:
-    """Alias and event. The alias is that of the newest entry: somebody may have gone on meanwhile."""
-    newest = read_ledger(place.store, place.model)[-1]
-    set_alias(place.tracking_uri, place.model, CHAMPION, newest.version)
-    event, payload = told_as(entry)
-    emit(event, f"tirewatch.model.{place.model}", payload, occasion=str(entry.number))
-    if entry.switch is not None:
-        write(place.store, f"{PREFIX}/{place.model}/{entry.switch:08d}.told", b"")
 
 
 def told_as(entry: Entry) -> tuple[str, dict[str, Any]]:
