@@ -236,29 +236,18 @@ def _raise_for_failures(
 
 def _ensure_bucket(stack: Stack) -> None:
     """The bucket, with versions kept. The gateway answers a moment before the filer behind it does."""
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
+    from tasks.storage import Store, ensure_bucket, store_faults
 
     env = stack.environment()
-    client = boto3.client(
-        "s3",
-        endpoint_url=env["TIREWATCH_S3_ENDPOINT_URL"],
-        aws_access_key_id=env["TIREWATCH_S3_ACCESS_KEY_ID"],
-        aws_secret_access_key=env["TIREWATCH_S3_SECRET_ACCESS_KEY"],
-        region_name=env["TIREWATCH_S3_REGION"],
-        config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}),
-    )
-    bucket = env["TIREWATCH_S3_BUCKET"]
+    keys = (env["TIREWATCH_S3_ACCESS_KEY_ID"], env["TIREWATCH_S3_SECRET_ACCESS_KEY"], env["TIREWATCH_S3_REGION"])
+    store = Store(env["TIREWATCH_S3_BUCKET"], env["TIREWATCH_S3_ENDPOINT_URL"], *keys)
     for attempt in range(60):
         try:
-            if bucket not in {found["Name"] for found in client.list_buckets()["Buckets"]}:
-                client.create_bucket(Bucket=bucket)
-            client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+            ensure_bucket(store)
             return
-        except (ClientError, BotoCoreError) as error:
+        except store_faults() as error:
             if attempt == 59:
-                raise StackError(f"the bucket {bucket} cannot be made: {error}") from None
+                raise StackError(f"the bucket {store.bucket} cannot be made: {error}") from None
             time.sleep(0.25)
 
 

@@ -6,14 +6,11 @@ deploy_all(for_recipe(parsed, "photographs", config={"defect_labels": ["worn"]})
 
 import sys
 import tempfile
-from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
-
-from deploy.stack import SOURCE
 
 TEMPLATE: Final = "solar_cells"  # the recipe a new one is copied from
 PARAMETER_MODELS: Final = {
@@ -90,15 +87,6 @@ def deploy_all(source: Path | dict[str, Any]) -> None:
         path = Path(folder) / "prefect.yaml"
         path.write_text(yaml.safe_dump(source, sort_keys=False))
         deploy_all(path)
-
-
-def deploy_recipe(name: str, defect_labels: Sequence[str] = ()) -> None:
-    """Deployments of this checkout for a recipe nobody has written: what `solar_cells` does, with other defect classes.
-    Without defect labels it is plain multi-class: there is no threshold, and the gates on escapes do not apply.
-    """
-    parsed = read_prefect_yaml(SOURCE / "prefect.yaml")
-    usual: dict[str, Any] = {"twins": {}}  # the template's rule is for solar cells
-    deploy_all(for_recipe(parsed, name, options=usual, config={"defect_labels": list(defect_labels)}))
 
 
 def _prefect(*arguments: str) -> None:

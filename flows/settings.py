@@ -30,7 +30,7 @@ class Settings(BaseSettings):
 
     serving_root: Path = Field(
         Path(".tirewatch/serving"),
-        description="Directory on the server's file system: model_repository/, staging/, routing/, spool/ and lineage",
+        description="Directory on the server's file system: model_repository/, staging/, routing/ and spool/",
     )
     triton_http: str = Field("127.0.0.1:8000", description="host:port of Triton's HTTP endpoint")
     triton_grpc: str = Field("127.0.0.1:8001", description="host:port of Triton's gRPC endpoint")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
-from tasks.onnx_export import IR_VERSION, OPSET, parts_of
+from tasks.onnx_export import IR_VERSION, parts_of
 
 if TYPE_CHECKING:
     import onnx
@@ -36,11 +36,6 @@ def to_half(source: Path, target: Path, kind: Half) -> None:
     model.ir_version = min(model.ir_version, IR_VERSION)
     onnx.checker.check_model(model, full_check=True)
     onnx.save_model(model, str(target))
-
-
-def opset_of(kind: str) -> int:
-    """The opset of an exported network in this precision."""
-    return BFLOAT16_OPSET if kind == "bfloat16" else OPSET
 
 
 class _Rewriter:

@@ -95,12 +95,6 @@ class ScratchServer:
         """Whether the server's process lives."""
         return self._process is not None and self._process.poll() is None
 
-    @property
-    def process_id(self) -> int:
-        """Of the launcher, which leads a process group of its own."""
-        assert self._process is not None
-        return self._process.pid
-
     def log(self) -> str:
         """What the server has said so far."""
         return (self.root / "server.log").read_text(errors="replace")

@@ -332,8 +332,11 @@ def delete(store: Store, keys: Iterable[str]) -> None:
 
 
 def ensure_bucket(store: Store, versioned: bool = True) -> None:
-    """The bucket, made when it is not there yet, keeping every version of an object when `versioned`."""
+    """The bucket, made when it is not there yet, keeping every version of an object when `versioned`. One short attempt: who waits
+    for a server asks again.
+    """
     import boto3
+    from botocore.config import Config
     from botocore.exceptions import ClientError
 
     client = boto3.client(
@@ -342,6 +345,7 @@ def ensure_bucket(store: Store, versioned: bool = True) -> None:
         aws_access_key_id=store.access_key_id,
         aws_secret_access_key=store.secret_access_key,
         region_name=store.region,
+        config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}),
     )
     # AWS refuses its own default region as a constraint.
     where: dict[str, Any] = {}
@@ -350,7 +354,8 @@ def ensure_bucket(store: Store, versioned: bool = True) -> None:
     try:
         client.create_bucket(Bucket=store.bucket, **where)
     except ClientError as error:
-        if error.response["Error"]["Code"] != "BucketAlreadyOwnedByYou":
+        if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
             raise
+        client.head_bucket(Bucket=store.bucket)  # refused where it is somebody else's
     if versioned:
         client.put_bucket_versioning(Bucket=store.bucket, VersioningConfiguration={"Status": "Enabled"})

@@ -73,6 +73,6 @@ def test_a_version_that_does_not_exist_is_named_with_those_that_do(here, registe
 def test_a_server_that_dies_ends_the_run_with_its_last_words(tmp_path, triton_python, small_network, describe):
     staged = stage_version(tmp_path / "made", small_network(1), describe("mortal"))
     with ScratchServer(triton_python, staged, tmp_path / "scratch") as server:
-        os.killpg(server.process_id, signal.SIGKILL)
+        os.killpg(server._process.pid, signal.SIGKILL)  # the launcher leads a process group of its own
         with pytest.raises(RuntimeError, match="ended before its time"):
             keep(server, datetime.now(UTC) + timedelta(minutes=1))
