@@ -229,6 +229,38 @@ def test_a_failed_training_goes_on_in_its_mlflow_run(here, plates, trained, monk
         assert [point.step for point in client.get_metric_history(model.run_id, name)] == [1, 2, 3], name
 
 
+@pytest.mark.slow
+def test_a_killed_rank_fails_the_run_by_its_number_and_the_next_run_takes_the_training_up(here, plates, monkeypatch):
+    import psutil
+    from mlflow import MlflowClient
+
+    from tasks import tracked_training
+
+    log_epoch, left = tracked_training.log_epoch, []
+
+    def kills_rank_1(uri, run_id, epoch):
+        log_epoch(uri, run_id, epoch)
+        if left:
+            return
+        ranks = [each for each in psutil.Process().children(recursive=True) if "tasks.rank" in each.cmdline()]
+        left.extend(ranks)
+        next(each for each in ranks if each.environ()["RANK"] == "1").kill()
+
+    config = QUICK.model_copy(update={"processes": 2, "seed": 12, "epochs": 6})
+    with monkeypatch.context() as patch:
+        patch.setattr(tracked_training, "log_epoch", kills_rank_1)
+        state = train(plates, config=config, return_state=True)
+    assert state.is_failed() and "rank 1 of the training was killed by SIGKILL" in state.message
+    assert len(left) >= 2 and not any(each.is_running() for each in left)
+    [run, *_] = mlflow_runs(here, plates)
+    assert run.info.status == "FAILED"
+
+    again = train(plates, config=config, return_state=True).result()
+    assert again.run_id == run.info.run_id
+    told = MlflowClient(here.mlflow_tracking_uri).get_metric_history(run.info.run_id, "train/Loss")
+    assert [point.step for point in told] == list(range(1, len(told) + 1)) and len(told) > 1
+
+
 def test_a_limit_that_the_server_does_not_have_is_named_with_how_to_make_it(here, plates, monkeypatch):
     monkeypatch.setattr("flows.train.settings", lambda: here.model_copy(update={"training_limit": "press"}))
     state = train(plates, config=QUICK, return_state=True)
