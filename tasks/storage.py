@@ -332,8 +332,8 @@ def delete(store: Store, keys: Iterable[str]) -> None:
 
 
 def ensure_bucket(store: Store, versioned: bool = True) -> None:
-    """The bucket, made when it is not there yet, keeping every version of an object when `versioned`. One short attempt: who waits
-    for a server asks again.
+    """The bucket, made when it is not there yet, keeping every version of an object when `versioned`. One short attempt: who
+    waits for a server asks again.
     """
     import boto3
     from botocore.config import Config
