@@ -1,6 +1,7 @@
 """The engine that a recipe demands, built for a staged version; and what answers on a server that an engine does not fit."""
 
 import logging
+import re
 import shutil
 from collections.abc import Collection
 from dataclasses import replace
@@ -35,6 +36,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RTX_FILE: Final = "model.rtx"
+# What a server says of a plan that it will refuse again: other library, other card, no card, damaged. Triton's `tensorrt`
+# backend (`LoadPlan`) and TensorRT's `deserializeCudaEngine`.
+_OF_THE_ENGINE: Final = re.compile(
+    r"plan file|TensorRT (engine|runtime)|seriali[sz]ation|version tag|compute capability|incompatible|not compatible"
+    r"|no kernel image|backend library|CUDA-capable|support GPU",
+    re.IGNORECASE,
+)
+# What may pass. ("at UNAVAILABLE state" is in every failed load; the status of the call is something else.)
+_PASSING: Final = re.compile(
+    r"StatusCode\.(UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|RESOURCE_EXHAUSTED)"
+    r"|out of ?memory|memory allocation|failed to allocate|bad_alloc|Cuda Runtime \(",
+    re.IGNORECASE,
+)
 
 
 def stage_engine(
@@ -146,11 +160,11 @@ def require_no_rehearsal(sealed: SealedVersion) -> None:
 
 def make_answer(root: Path, address: "TritonAddress", model: str, runtime: "Runtime | None" = None) -> str | None:
     """Plans of the table that the running server refuses to load give way to the ONNX networks of their versions; which, why.
-    None where nothing has to change, or no server is up.
+    None where nothing has to change, no server is up, or what went wrong is not the plan: that is asked again the next time.
 
     The version in force stays the same, so the ledger has nothing to say about it.
     """
-    from tasks.serving import is_version_ready
+    from tasks.serving import NotServed, is_version_ready
 
     table = read_routing(root, model)
     if table is None:
@@ -159,7 +173,13 @@ def make_answer(root: Path, address: "TritonAddress", model: str, runtime: "Runt
     silent = [route for route in plans if not is_version_ready(address, route.network, route.version)]
     if not silent or not is_version_ready(address, model):  # the front door is the last that a starting server loads
         return None
-    refused = {route: why for route in silent if (why := why_not_loaded(address, route))}
+    refused = {}
+    for route in silent:
+        try:
+            if why := why_not_loaded(address, route):
+                refused[route] = why
+        except NotServed as fault:
+            log.warning("the plan %s version %s may still be served: %s", route.network, route.version, fault)
     if not refused:
         return None
     _route_to_twins(root, address, table, refused.keys(), runtime)
@@ -173,14 +193,21 @@ def is_plan(root: Path, route: Route) -> bool:
 
 
 def why_not_loaded(address: "TritonAddress", route: Route) -> str | None:
-    """Loads the version; why the server refuses it, None where it serves it."""
+    """Loads the version; why the server refuses its engine, None where it serves it. Raises NotServed for what may pass."""
     from tasks.serving import NotServed, load_model
 
     try:
         load_model(address, route.network, route.version)
     except NotServed as refusal:
+        if not names_engine(str(refusal)):
+            raise
         return str(refusal)
     return None
+
+
+def names_engine(said: str) -> bool:
+    """Whether a server's words about a failed load mean its engine, and not a time-out, a lost call or full memory."""
+    return bool(_OF_THE_ENGINE.search(said)) and not _PASSING.search(said)
 
 
 def _route_to_twins(

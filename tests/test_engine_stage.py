@@ -9,6 +9,7 @@ from tasks.engine_stage import (
     RTX_FILE,
     engine_gates,
     make_answer,
+    names_engine,
     publish_twin,
     require_no_rehearsal,
     stage_engine,
@@ -193,6 +194,46 @@ def test_a_server_that_came_up_and_refuses_the_plan_answers_with_the_onnx_networ
     assert settle(Place(triton.root, store, mlflow_uri, "pots"), "test") is None
     assert len(read_ledger(store, "pots")) == 1
     assert make_answer(triton.root, triton.address, "pots") is None
+
+
+LOAD = "loading x_trt_32 on 127.0.0.1:8001 failed: "
+FAILED = f"{LOAD}[StatusCode.INVALID_ARGUMENT] load failed for model 'x_trt_32': version 4 is at UNAVAILABLE state: "
+BUILT = f"{FAILED}Internal: unable to create TensorRT engine: IRuntime::deserializeCudaEngine: Error Code 1: "
+
+
+@pytest.mark.parametrize(
+    ("said", "of_the_engine"),
+    [
+        (
+            f"{FAILED}Invalid argument: unable to find backend library for backend 'tensorrt', try specifying runtime",
+            True,
+        ),
+        (f"{FAILED}Internal: unable to load plan file to auto complete config: /m/x_trt_32/4/model.plan;", True),
+        (
+            f"{BUILT}Serialization (Version tag does not match. Current Version: 240, Serialized Engine Version: 239)",
+            True,
+        ),
+        (f"{BUILT}Cuda Runtime (out of memory)", False),
+        (f"{FAILED}Internal: failed to allocate CUDA memory for the plan file", False),
+        (f"{LOAD}[StatusCode.DEADLINE_EXCEEDED] Deadline Exceeded", False),
+        (f"{LOAD}[StatusCode.UNAVAILABLE] failed to connect to all addresses; last error: plan file", False),
+        ("x_trt_32 was loaded on 127.0.0.1:8001, but version 4 is not ready: read the server's log", False),
+    ],
+)
+def test_a_refused_plan_is_told_from_what_may_pass(said, of_the_engine):
+    """The first in the words of the server here, the others as Triton's sources and people with a card quote them."""
+    assert names_engine(said) == of_the_engine
+
+
+@pytest.mark.skipif(not no_card(), reason="about servers without a CUDA card")
+def test_a_plan_stays_in_force_where_the_load_failed_for_a_reason_that_may_pass(triton, refused, caplog):
+    """Its gRPC port is away, HTTP answers: nobody said anything about the plan."""
+    table = refused("lost_calls")
+    deaf = replace(triton.address, grpc="127.0.0.1:9")
+    assert make_answer(triton.root, deaf, "lost_calls") is None
+    assert read_routing(triton.root, "lost_calls") == table
+    assert published_versions(triton.root, "lost_calls_onnx_32") == []
+    assert "the plan lost_calls_trt_32 version 4 may still be served" in caplog.text
 
 
 @pytest.mark.skipif(not no_card(), reason="about servers without a CUDA card")
