@@ -24,7 +24,8 @@ from tasks.images import decode
 from tasks.ledger import Entry, champion_at, read_ledger
 from tasks.model_repository import NETWORK_FILE, PLAN_FILE, repository, version_directory
 from tasks.sealed import InvalidVersion, SealedVersion, read_sealed
-from tasks.storage import Store, StoredFile, StoredObject, list_folders, list_objects
+from tasks.storage import Store, StoredObject, list_folders, list_objects
+from tasks.stored_file import StoredFile
 
 if TYPE_CHECKING:
     from tasks.inference import Accelerator

@@ -11,7 +11,8 @@ from monitoring import capture
 from monitoring.capture import CaptureRecord, write_record
 from tasks import storage, trace
 from tasks.production import collect
-from tasks.storage import Store, StoredFile, list_objects
+from tasks.storage import Store, list_objects
+from tasks.stored_file import StoredFile
 from tasks.trace import find_captured
 
 BYTES = 50_000  # of a photograph here
