@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 
 from tasks.checkpoints import Undertaking, keeping, newest
 from tasks.dataset import DatasetVersion, read_rows
-from tasks.limits import held
+from tasks.limits import training_slot
 from tasks.progress import ProgressBar
 from tasks.recipe import TrainConfig
 from tasks.registry import load_weights, require_fit
 from tasks.samples import Samples
 from tasks.storage import Store
 from tasks.tracking import log_epoch, logged_epochs
-from tasks.training import Epoch, Trained, accelerator, check_labels, train
+from tasks.training import Epoch, Trained, check_labels, train
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def train_tracked(
         weights = load_weights(tracking_uri, version.name, config.continue_from, config.architecture, version.classes)
     for kept in state["epochs"] if state else ():  # of which the dead run may not have told the last
         report(Epoch.from_dict(kept))
-    with held(limit or ("gpu" if accelerator().type == "cuda" else None)):
+    with training_slot(limit):
         trained = train(training, validation, version.classes, config, report, weights, state, keeping(work, run_id))
     bar.end(trained.epochs[-1], trained.stopped)
     return trained

@@ -196,7 +196,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)  # four minutes alone, and much longer on a machine that others use
 def test_killed_worker_and_killed_search_keep_the_finished_trials_and_the_best_is_reproducible(  # noqa: PLR0915
     store: Store, mlflow_uri: str, ingested: Callable[..., Any], here: Path
 ) -> None:
