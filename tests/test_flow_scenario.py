@@ -44,6 +44,17 @@ def here(store: Store, mlflow_uri: str, configured: None, monkeypatch: pytest.Mo
     settings.cache_clear()
 
 
+def batch(photograph: Callable[..., bytes], **splits: range) -> dict[str, bytes]:
+    """A sealed batch of two classes with its splits given."""
+    files = {
+        f"{split}/{label}/{number}.png": photograph(number + shift, kind="PNG")
+        for label, shift in (("cut", 0), ("good", 500))
+        for split, numbers in splits.items()
+        for number in numbers
+    }
+    return {**files, "_SUCCESS": b""}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server", "here")
 def test_the_best_candidate_is_announced_and_a_killed_scenario_trains_only_what_is_missing(
@@ -53,13 +64,7 @@ def test_the_best_candidate_is_announced_and_a_killed_scenario_trains_only_what_
     photograph: Callable[..., bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    files = {
-        f"{split}/{label}/{number}.png": photograph(number + shift, kind="PNG")
-        for label, shift in (("cut", 0), ("good", 500))
-        for split, numbers in (("train", range(42)), ("val", range(42, 60)), ("test", range(60, 70)))
-        for number in numbers
-    }
-    ingested(store, "candidates", "batch", {**files, "_SUCCESS": b""})
+    ingested(store, "candidates", "batch", batch(photograph, train=range(42), val=range(42, 60), test=range(60, 70)))
     trained, told, train = [], [], module.train
 
     def dies_at_third(*given: Any, **named: Any) -> Any:
@@ -103,13 +108,7 @@ def test_candidates_that_failed_are_no_verdict(
     photograph: Callable[..., bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    files = {
-        f"{split}/{label}/{number}.png": photograph(number + shift, kind="PNG")
-        for label, shift in (("cut", 0), ("good", 500))
-        for split, numbers in (("train", range(12)), ("val", range(12, 18)))
-        for number in numbers
-    }
-    ingested(store, "unlucky", "batch", {**files, "_SUCCESS": b""})
+    ingested(store, "unlucky", "batch", batch(photograph, train=range(12), val=range(12, 18)))
     monkeypatch.setenv("TIREWATCH_TRAINING_LIMIT", "no-such-limit")
     settings.cache_clear()
     candidates = (Candidate(name="a"), Candidate(name="b", overrides={"minimum_accuracy": 1.0}))
