@@ -278,3 +278,20 @@ def describe() -> Callable[..., "SealedVersion"]:
         return replace(made, **changes)  # type: ignore[arg-type]
 
     return described
+
+
+@pytest.fixture
+def in_production(triton: Any, small_network: Any, describe: Any) -> Callable[..., None]:
+    """`in_production(model, door)`: version 1 of the model, a `small_network`, answers behind a front door like this."""
+    from tasks.model_repository import install_front_door, network_name, publish_version, stage_version
+    from tasks.routing import Route, promoted, write_routing
+    from tasks.serving import load_model
+
+    def put(model: str, door: Any) -> None:
+        publish_version(triton.root, stage_version(triton.root, small_network(1), describe(model, 1)))
+        load_model(triton.address, network_name(model, 32), 1)
+        write_routing(triton.root, promoted(None, model, Route(network_name(model, 32), 1)))
+        install_front_door(triton.root, model, door)
+        load_model(triton.address, model)
+
+    return put

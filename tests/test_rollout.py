@@ -25,7 +25,6 @@ from tasks.images import decode
 from tasks.inference import open_network
 from tasks.model_repository import (
     FrontDoor,
-    install_front_door,
     network_name,
     publish_version,
     published_versions,
@@ -34,7 +33,7 @@ from tasks.model_repository import (
 from tasks.production import read_window
 from tasks.proof import Golden
 from tasks.rollout import Server, deliveries, roll_out
-from tasks.routing import Route, RoutingTable, promoted, read_routing, replace_routing, write_routing
+from tasks.routing import Route, RoutingTable, read_routing, replace_routing, write_routing
 from tasks.serving import NotServed, infer_front_door, is_version_ready, load_model
 
 ROOT = Path(__file__).parents[1]
@@ -93,18 +92,14 @@ def images(photograph):
 
 
 @pytest.fixture
-def produced(triton, small_network, describe):
+def produced(triton, in_production):
     """`produced(model)`: version 1 of the model in production, everything captured; the server's side of a delivery."""
 
-    def in_production(model: str) -> Server:
-        publish_version(triton.root, stage_version(triton.root, small_network(1), describe(model, 1)))
-        load_model(triton.address, network_name(model, 32), 1)
-        write_routing(triton.root, promoted(None, model, Route(network_name(model, 32), 1)))
-        install_front_door(triton.root, model, FrontDoor(instances=2, capture_share=1.0))
-        load_model(triton.address, model)
+    def server_of(model: str) -> Server:
+        in_production(model, FrontDoor(instances=2, capture_share=1.0))
         return Server(triton.root, triton.address, "openvino")
 
-    return in_production
+    return server_of
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 
 from tasks.images import decode
 from tasks.inference import open_network
-from tasks.model_repository import FrontDoor, install_front_door, network_name, publish_version, stage_version
+from tasks.model_repository import FrontDoor, network_name, stage_version
 from tasks.proof import Golden
-from tasks.routing import Route, promoted, read_routing, write_routing
-from tasks.serving import NotServed, infer_front_door, load_model, unload_model
+from tasks.routing import read_routing
+from tasks.serving import NotServed, infer_front_door, unload_model
 from tasks.swap import STEADY, Swap, swap
 
 
@@ -20,17 +20,9 @@ def images(photograph):
 
 
 @pytest.fixture
-def produced(triton, small_network, describe):
+def produced(in_production):
     """`produced(model)`: version 1 of the model answers."""
-
-    def in_production(model: str) -> None:
-        publish_version(triton.root, stage_version(triton.root, small_network(1), describe(model, 1)))
-        load_model(triton.address, network_name(model, 32), 1)
-        write_routing(triton.root, promoted(None, model, Route(network_name(model, 32), 1)))
-        install_front_door(triton.root, model, FrontDoor(capture_share=0.0))
-        load_model(triton.address, model)
-
-    return in_production
+    return lambda model: in_production(model, FrontDoor(capture_share=0.0))
 
 
 @pytest.fixture
